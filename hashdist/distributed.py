@@ -1,0 +1,157 @@
+"""The border to Ray: a session, bounded runs of parts, and the metrics sink. Stages use it; nothing below does."""
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util import metrics as ray_metrics
+
+from hashdist import telemetry
+from hashdist.progress import Progress
+from hashdist.settings import ClusterSettings
+from hashdist.store.commit import Artefact
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@contextmanager
+def session(settings: ClusterSettings) -> Iterator[None]:
+    """A Ray session: the running cluster's if there is one (or the caller's own), else one started here and stopped.
+
+    A cluster started here has at least 4 logical CPUs (Ray Data and Ray Train need room for their own actors),
+    a bounded object store, a short folder of its own, and listens on the loopback only.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    address = settings.address
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        with tempfile.TemporaryDirectory(prefix="hd", dir="/tmp", ignore_cleanup_errors=True) as folder:
+            ray.init(
+                address="local",
+                num_cpus=settings.cpus or max(4, os.cpu_count() or 4),
+                object_store_memory=settings.object_store_mb << 20,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                _temp_dir=folder,
+                runtime_env={"env_vars": _worker_environment()},
+            )
+            try:
+                yield
+            finally:
+                ray.shutdown()
+        return
+    ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": _worker_environment()})
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _worker_environment() -> dict[str, str]:
+    """Variables that workers need wherever they run: this package when it runs from a checkout, and the store's settings."""
+    passed = {k: v for k, v in os.environ.items() if k.startswith("AWS_") or k.startswith("HASHDIST_")}
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").exists():
+        passed["PYTHONPATH"] = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
+    return passed
+
+
+def cpus() -> int:
+    """CPUs of the session."""
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def gpus() -> int:
+    """GPUs of the session."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def run_parts(
+    artefact: Artefact,
+    parts: Sequence[int],
+    work: Callable[[int], dict[str, Any]],
+    *,
+    label: str,
+    at_once: int,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+) -> dict[int, dict[str, Any]]:
+    """Run `work(part)` as Ray tasks for every part without a record, at most `at_once` together.
+
+    `work` writes the part's data under names of its own and returns the record's body; the task publishes it
+    create-only, so a retried or duplicated task is harmless: the first record wins. Returns the records of all
+    parts, old and new. An error of `work` ends the run; finished parts stay committed.
+    """
+    done = {p: r for p, r in artefact.parts().items() if p in set(parts)}
+    missing = [part for part in parts if part not in done]
+    telemetry.PARTS.inc(len(done), stage=artefact.kind, outcome="found")
+    task = ray.remote(_run_part).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=4)
+    shared = ray.put(work)
+    running: dict[Any, int] = {}
+    queue = iter(missing)
+    with Progress(label, len(parts), len(done)) as progress:
+        while True:
+            while len(running) < at_once and (part := next(queue, None)) is not None:
+                running[task.remote(artefact, part, shared)] = part
+            if not running:
+                return done
+            ready, _ = ray.wait(list(running), num_returns=1)
+            for reference in ready:
+                part = running.pop(reference)
+                done[part] = ray.get(reference)
+                telemetry.PARTS.inc(stage=artefact.kind, outcome="new")
+                progress.step()
+
+
+def _run_part(artefact: Artefact, part: int, work: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    telemetry.set_sink(RaySink())
+    started = time.perf_counter()
+    record = work(part)
+    return artefact.publish_part(part, {**record, "seconds": time.perf_counter() - started})
+
+
+class RaySink:
+    """Observations into ray.util.metrics: for code inside Ray processes. Ray prefixes the names with `ray_`."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def observe(self, metric: telemetry.Metric, value: float, labels: dict[str, str]) -> None:
+        """Into Ray's metrics agent."""
+        made = self._made.get(metric.name)
+        if made is None:
+            made = self._made[metric.name] = self._make(metric)
+        verb = {"counter": "inc", "gauge": "set", "histogram": "observe"}[metric.kind]
+        if metric.kind == "counter" and value <= 0:
+            return
+        getattr(made, verb)(value, tags=labels)
+
+    @staticmethod
+    def _make(metric: telemetry.Metric) -> Any:
+        if metric.kind == "counter":
+            # Ray adds _total itself
+            return ray_metrics.Counter(metric.name.removesuffix("_total"), metric.help, tag_keys=metric.labels)
+        if metric.kind == "gauge":
+            return ray_metrics.Gauge(metric.name, metric.help, tag_keys=metric.labels)
+        return ray_metrics.Histogram(
+            metric.name, metric.help, boundaries=list(metric.buckets), tag_keys=metric.labels
+        )

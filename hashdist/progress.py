@@ -1,0 +1,47 @@
+"""Progress on stderr: a bar on a terminal, a plain line every few seconds in a log."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+_LOG_EVERY_S = 5.0
+
+
+class Progress:
+    """Counts steps towards a known total.
+
+    Args:
+        label: what is being counted.
+        total: steps in all.
+        done: steps found done already.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
+        self._label, self._total, self._done = label, total, done
+        self._bar = tqdm(total=total, initial=done, desc=label, file=sys.stderr) if sys.stderr.isatty() else None
+        self._last = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        """Count `count` steps; `note` is shown behind the numbers."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            self._bar.set_postfix_str(note)
+        elif time.monotonic() - self._last >= _LOG_EVERY_S or self._done >= self._total:
+            self._last = time.monotonic()
+            say(f"{self._label}: {self._done}/{self._total} {note}".rstrip())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,255 @@
+"""Every setting of every stage, as one tree of frozen dataclasses: values only, no live objects.
+
+The command line's flags and the YAML file are both made from this tree (hashdist/cli.py). Settings that can
+change a stage's output are part of the digest that names its artefact; the ones listed in a class's `RESOURCES`
+(how many workers, which thread counts) are not.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+
+class StageSettings:
+    """Base of the settings of one stage."""
+
+    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot"})
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that can change the stage's output, as plain values: what its artefact's name is made of."""
+        return {k: v for k, v in asdict(self).items() if k not in self.RESOURCES}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class CollectionSettings(StageSettings):
+    """Where the images are.
+
+    Args:
+        uri: a folder, a parquet file or folder, or a tar file or folder of tars; a path, file:// or s3://.
+        format: how to read it; auto looks at the file names.
+        labels: read labels: the subfolder of a folder tree, or the column `label` or `labels` of parquet, or
+            the .cls member of a WebDataset sample.
+        id_column: parquet column that holds the key of an image.
+        image_column: parquet column that holds the encoded image bytes.
+        part_rows: images per part; a part is the unit of work, of retry and of resumption.
+        snapshot: URI of a committed listing to use instead of listing again.
+    """
+
+    uri: str = ""
+    format: Literal["auto", "folder", "parquet", "webdataset"] = "auto"
+    labels: bool = True
+    id_column: str = "id"
+    image_column: str = "image"
+    part_rows: int = 2048
+    snapshot: str = ""
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """How pixels become network input; it belongs to the weights, so every field has a "the weights' own" value.
+
+    Args:
+        size: side of the square input in pixels; 0 = the weights' own.
+        resize: side of the image before the centre crop to `size`; 0 = resize straight to `size` x `size`.
+        mean: per channel, on pixels scaled to [0, 1]; empty = the weights' own.
+        std: per channel, likewise.
+        rotate180: turn the image upside down (weights converted from networks that pad on the other side).
+    """
+
+    size: int = 0
+    resize: int = 0
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    rotate180: bool = False
+
+
+@dataclass(frozen=True)
+class FeatureSettings(StageSettings):
+    """Which network turns an image into a feature vector, and how it is run.
+
+    Args:
+        backbone: `pixels` (built in, no weights), a torchvision model name, or `module:factory`.
+        tap: the layer to read, e.g. `relu7` of vgg19 or `pool` of resnet50; empty = the backbone's default.
+        weights: `hub` (torchvision's, downloaded), `random` (for trials only), or a .pth / .safetensors file.
+        preprocess: pixels to network input.
+        precision: auto takes float16 where the CPU or GPU does it well and a start-up check passes.
+        batch: the one batch shape of inference; the last batch is padded, so a code never depends on its neighbours.
+        threads: CPU threads per worker; 0 = cores divided by workers. Part of the manifest.
+        workers: feature actors; 0 = one per GPU, or one per CPU pair.
+        source: URI of the user's own features (parquet, or npy + parquet in the clip-retrieval layout); when
+            set nothing is extracted.
+        snapshot: URI of committed features to use as they are.
+    """
+
+    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot", "workers", "threads"})
+
+    backbone: str = "pixels"
+    tap: str = ""
+    weights: str = "hub"
+    preprocess: PreprocessSettings = field(default_factory=PreprocessSettings)
+    precision: Literal["auto", "float32", "float16"] = "auto"
+    batch: int = 64
+    threads: int = 0
+    workers: int = 0
+    source: str = ""
+    snapshot: str = ""
+
+
+@dataclass(frozen=True)
+class GraphSettings(StageSettings):
+    """Which images are trained on, and their neighbour graph.
+
+    Args:
+        train_sample: train on the images with this many smallest ids: uniform, and stable under growth.
+        protocol: take the training set of this evaluation protocol instead (see hashdist/protocols.py).
+        protocol_seed: seed of that protocol's split.
+        neighbours: k1, nearest neighbours per image by cosine; 0 = 5 % of the sample, at most 500.
+        shared: k2, images per row with the largest overlap of neighbour lists; 0 = k1.
+        symmetrize: make W0 symmetric by or, by and, or not at all.
+        part_rows: rows of the graph per part.
+        workers: graph tasks at once; 0 = one per two CPUs.
+        threads: CPU threads per task.
+        snapshot: URI of a committed graph to use as it is.
+    """
+
+    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot", "workers", "threads", "part_rows"})
+
+    train_sample: int = 20_000
+    protocol: str = ""
+    protocol_seed: int = 0
+    neighbours: int = 0
+    shared: int = 0
+    symmetrize: Literal["or", "and", "none"] = "or"
+    part_rows: int = 32_768
+    workers: int = 0
+    threads: int = 2
+    snapshot: str = ""
+
+
+@dataclass(frozen=True)
+class TrainSettings(StageSettings):
+    """What is trained and how.
+
+    Args:
+        method: file name of a method in hashdist/methods.
+        preset: the method's named values: `paper` or `release`.
+        bits: code length, a multiple of 8.
+        seed: of initial weights, order and dropout.
+        mode: `frozen` trains the hash head on committed features; `images` trains end to end.
+        options: single values of the method's settings that differ from the preset.
+        workers: Ray Train workers (world size).
+        threads: CPU threads per worker.
+        gpu: one GPU per worker; auto = when the cluster has one.
+        max_failures: restarts of crashed workers before the run fails.
+        checkpoint_steps: commit a checkpoint every this many steps as well as after each epoch; 0 = epochs only.
+        fresh: any text: a new run beside an older one with the same settings.
+        snapshot: URI of a committed model to use as it is.
+    """
+
+    RESOURCES: ClassVar[frozenset[str]] = frozenset(
+        {"snapshot", "workers", "threads", "gpu", "max_failures", "checkpoint_steps"}
+    )
+
+    method: str = "dsah"
+    preset: str = "paper"
+    bits: int = 64
+    seed: int = 0
+    mode: Literal["frozen", "images"] = "frozen"
+    options: dict[str, Any] = field(default_factory=dict)
+    workers: int = 2
+    threads: int = 1
+    gpu: Literal["auto", "yes", "no"] = "auto"
+    max_failures: int = 3
+    checkpoint_steps: int = 0
+    fresh: str = ""
+    snapshot: str = ""
+
+
+@dataclass(frozen=True)
+class EncodeSettings(StageSettings):
+    """How the whole collection is encoded.
+
+    Args:
+        batch: the one batch shape of inference.
+        workers: encoding actors; 0 = one per CPU pair or GPU.
+        snapshot: URI of committed codes to use as they are.
+    """
+
+    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot", "workers"})
+
+    batch: int = 1024
+    workers: int = 0
+    snapshot: str = ""
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """The index that is built and kept.
+
+    Args:
+        name: the index lives at ROOT/indexes/NAME.
+        uri: a full URI instead of ROOT/indexes/NAME.
+        shard_rows: rows per shard file at most.
+    """
+
+    name: str = "images"
+    uri: str = ""
+    shard_rows: int = 8_000_000
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is measured.
+
+    Args:
+        protocol: query, training and database split (see hashdist/protocols.py); empty: all images are database
+            and `queries` of them, taken by id, are queries.
+        protocol_seed: seed of the split.
+        cut: R of mAP@R and of the papers' ranked lists.
+        precision_at: N of precision@N.
+        queries: queries of the label-free recall, and of an evaluation without protocol.
+        recall_at: k of the label-free recall@k against exact cosine neighbours.
+    """
+
+    protocol: str = ""
+    protocol_seed: int = 0
+    cut: int = 5000
+    precision_at: int = 100
+    queries: int = 1000
+    recall_at: int = 10
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """Where it runs.
+
+    Args:
+        address: of a running Ray cluster; `auto` joins the one of RAY_ADDRESS and else starts one on this machine;
+            `local` always starts one.
+        cpus: logical CPUs of a cluster started here; 0 = the machine's, at least 4.
+        object_store_mb: object store of a cluster started here, in MiB.
+    """
+
+    address: str = "auto"
+    cpus: int = 0
+    object_store_mb: int = 512
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of hashdist: a root on local disk or S3, and the settings of every stage.
+
+    Args:
+        root: folder or s3:// URI under which every artefact and index is committed.
+        fresh: any text: salts the names of all artefacts, so that nothing committed before is reused.
+    """
+
+    root: str = ""
+    fresh: str = ""
+    collection: CollectionSettings = field(default_factory=CollectionSettings)
+    features: FeatureSettings = field(default_factory=FeatureSettings)
+    graph: GraphSettings = field(default_factory=GraphSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    encode: EncodeSettings = field(default_factory=EncodeSettings)
+    index: IndexSettings = field(default_factory=IndexSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)

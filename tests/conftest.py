@@ -1,0 +1,68 @@
+"""Fixtures that every test folder shares: a Ray session, an S3 server, and where real data lies if it is there."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images and weights; tests that want it are skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("real images are not here: ../shared/data is absent")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for the whole test session: 4 logical CPUs, a bounded object store."""
+    from hashdist import distributed
+    from hashdist.settings import ClusterSettings
+
+    with distributed.session(ClusterSettings(address="local", cpus=4, object_store_mb=400)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A moto S3 server on the loopback, with AWS_* pointing at it for this process and its children."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    values = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    old = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    boto3.client("s3").create_bucket(Bucket="hashdist")
+    yield endpoint
+    server.stop()
+    for name, value in old.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(params=["local", "s3"])
+def root_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty root, once on local disk and once on S3."""
+    if request.param == "local":
+        return (tmp_path / "root").as_uri()
+    request.getfixturevalue("s3_endpoint")
+    return f"s3://hashdist/{tmp_path.name}-{os.urandom(4).hex()}"

@@ -152,6 +152,4 @@ class RaySink:
             return ray_metrics.Counter(metric.name.removesuffix("_total"), metric.help, tag_keys=metric.labels)
         if metric.kind == "gauge":
             return ray_metrics.Gauge(metric.name, metric.help, tag_keys=metric.labels)
-        return ray_metrics.Histogram(
-            metric.name, metric.help, boundaries=list(metric.buckets), tag_keys=metric.labels
-        )
+        return ray_metrics.Histogram(metric.name, metric.help, boundaries=list(metric.buckets), tag_keys=metric.labels)

@@ -68,12 +68,16 @@ def from_vectors(column: pa.ChunkedArray, schema: pa.Schema) -> NDArray[np.gener
     dtype, width = np.dtype(metadata[b"dtype"].decode()), int(metadata[b"width"])
     if column.num_chunks == 1 and column.null_count == 0:
         chunk = column.chunk(0)
-        flat = np.frombuffer(chunk.buffers()[1], dtype, count=len(chunk) * width, offset=chunk.offset * dtype.itemsize * width)
+        flat = np.frombuffer(
+            chunk.buffers()[1], dtype, count=len(chunk) * width, offset=chunk.offset * dtype.itemsize * width
+        )
         return flat.reshape(len(chunk), width)
     out = np.zeros((len(column), width), dtype)
     row = 0
     for chunk in column.chunks:
-        raw = np.frombuffer(chunk.buffers()[1], dtype, count=len(chunk) * width, offset=chunk.offset * dtype.itemsize * width)
+        raw = np.frombuffer(
+            chunk.buffers()[1], dtype, count=len(chunk) * width, offset=chunk.offset * dtype.itemsize * width
+        )
         part = out[row : row + len(chunk)]
         part[:] = raw.reshape(len(chunk), width)
         if chunk.null_count:

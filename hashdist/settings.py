@@ -9,18 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 
-class StageSettings:
-    """Base of the settings of one stage."""
-
-    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot"})
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that can change the stage's output, as plain values: what its artefact's name is made of."""
-        return {k: v for k, v in asdict(self).items() if k not in self.RESOURCES}  # type: ignore[call-overload]
+def _identity(settings: Any) -> dict[str, Any]:
+    """The settings that can change the stage's output, as plain values: what its artefact's name is made of."""
+    return {name: value for name, value in asdict(settings).items() if name not in settings.RESOURCES}
 
 
 @dataclass(frozen=True)
-class CollectionSettings(StageSettings):
+class CollectionSettings:
     """Where the images are.
 
     Args:
@@ -41,6 +36,9 @@ class CollectionSettings(StageSettings):
     image_column: str = "image"
     part_rows: int = 2048
     snapshot: str = ""
+
+    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot"})
+    identity = _identity
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class PreprocessSettings:
 
 
 @dataclass(frozen=True)
-class FeatureSettings(StageSettings):
+class FeatureSettings:
     """Which network turns an image into a feature vector, and how it is run.
 
     Args:
@@ -80,8 +78,6 @@ class FeatureSettings(StageSettings):
         snapshot: URI of committed features to use as they are.
     """
 
-    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot", "workers", "threads"})
-
     backbone: str = "pixels"
     tap: str = ""
     weights: str = "hub"
@@ -93,9 +89,12 @@ class FeatureSettings(StageSettings):
     source: str = ""
     snapshot: str = ""
 
+    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot", "workers", "threads"})
+    identity = _identity
+
 
 @dataclass(frozen=True)
-class GraphSettings(StageSettings):
+class GraphSettings:
     """Which images are trained on, and their neighbour graph.
 
     Args:
@@ -111,8 +110,6 @@ class GraphSettings(StageSettings):
         snapshot: URI of a committed graph to use as it is.
     """
 
-    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot", "workers", "threads", "part_rows"})
-
     train_sample: int = 20_000
     protocol: str = ""
     protocol_seed: int = 0
@@ -124,9 +121,12 @@ class GraphSettings(StageSettings):
     threads: int = 2
     snapshot: str = ""
 
+    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot", "workers", "threads", "part_rows"})
+    identity = _identity
+
 
 @dataclass(frozen=True)
-class TrainSettings(StageSettings):
+class TrainSettings:
     """What is trained and how.
 
     Args:
@@ -145,10 +145,6 @@ class TrainSettings(StageSettings):
         snapshot: URI of a committed model to use as it is.
     """
 
-    RESOURCES: ClassVar[frozenset[str]] = frozenset(
-        {"snapshot", "workers", "threads", "gpu", "max_failures", "checkpoint_steps"}
-    )
-
     method: str = "dsah"
     preset: str = "paper"
     bits: int = 64
@@ -163,9 +159,14 @@ class TrainSettings(StageSettings):
     fresh: str = ""
     snapshot: str = ""
 
+    RESOURCES: ClassVar[frozenset[str]] = frozenset(
+        {"snapshot", "workers", "threads", "gpu", "max_failures", "checkpoint_steps"}
+    )
+    identity = _identity
+
 
 @dataclass(frozen=True)
-class EncodeSettings(StageSettings):
+class EncodeSettings:
     """How the whole collection is encoded.
 
     Args:
@@ -174,11 +175,12 @@ class EncodeSettings(StageSettings):
         snapshot: URI of committed codes to use as they are.
     """
 
-    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot", "workers"})
-
     batch: int = 1024
     workers: int = 0
     snapshot: str = ""
+
+    RESOURCES: ClassVar[frozenset[str]] = frozenset({"snapshot", "workers"})
+    identity = _identity
 
 
 @dataclass(frozen=True)

@@ -62,22 +62,30 @@ IMAGES = Metric("hashdist_features_images_total", "counter", "Images by outcome 
 STAGE_SECONDS = Metric("hashdist_stage_seconds", "histogram", "Wall time of one stage run.", ("stage",))
 STAGE_ROWS = Metric("hashdist_stage_rows", "gauge", "Rows in the last snapshot of a stage.", ("stage",))
 STAGE_FAILED = Metric("hashdist_stage_failed_rows", "gauge", "Failed rows in the last snapshot of a stage.", ("stage",))
-PARTS = Metric("hashdist_stage_parts_total", "counter", "Parts finished, by stage and whether they were new.", ("stage", "outcome"))
+PARTS = Metric(
+    "hashdist_stage_parts_total", "counter", "Parts finished, by stage and whether they were new.", ("stage", "outcome")
+)
 GRAPH_SECONDS = Metric("hashdist_graph_block_seconds", "histogram", "Time of one block of the kNN graph.")
 TRAIN_LOSS = Metric("hashdist_train_loss", "gauge", "Loss of the last logged step.", ("method", "term"))
 TRAIN_EPOCH = Metric("hashdist_train_epoch", "gauge", "Epochs finished.", ("method",))
 TRAIN_STEPS = Metric("hashdist_train_steps_total", "counter", "Optimiser steps.", ("method",))
-TRAIN_IMAGES_PER_S = Metric("hashdist_train_images_per_second", "gauge", "Training throughput over the last epoch.", ("method",))
+TRAIN_IMAGES_PER_S = Metric(
+    "hashdist_train_images_per_second", "gauge", "Training throughput over the last epoch.", ("method",)
+)
 REFRESH_SECONDS = Metric("hashdist_train_refresh_seconds", "histogram", "Time of one global similarity refresh.")
 THRESHOLD = Metric("hashdist_train_threshold", "gauge", "Threshold m of the last similarity refresh.")
 POSITIVES = Metric("hashdist_train_positive_pairs", "gauge", "Positive pairs of W after the last refresh (i < j).")
 CHECKPOINTS = Metric("hashdist_train_checkpoints_total", "counter", "Committed checkpoints.", ("method",))
 COMMITS = Metric("hashdist_commits_total", "counter", "Commits by outcome: won, lost, recovered.", ("outcome",))
-COMMIT_RETRIES = Metric("hashdist_commit_retries_total", "counter", "Conditional creates that were tried again, by reason.", ("reason",))
+COMMIT_RETRIES = Metric(
+    "hashdist_commit_retries_total", "counter", "Conditional creates that were tried again, by reason.", ("reason",)
+)
 INDEX_VERSION = Metric("hashdist_index_version", "gauge", "Version last committed or opened.")
 INDEX_ROWS = Metric("hashdist_index_rows", "gauge", "Live rows of that version.")
 INDEX_SHARDS = Metric("hashdist_index_shards", "gauge", "Shards of that version.")
-SEARCH_SECONDS = Metric("hashdist_search_seconds", "histogram", "Time of a search by phase: load, scan, merge.", ("phase",))
+SEARCH_SECONDS = Metric(
+    "hashdist_search_seconds", "histogram", "Time of a search by phase: load, scan, merge.", ("phase",)
+)
 
 DECLARED: dict[str, Metric] = {m.name: m for m in list(globals().values()) if isinstance(m, Metric)}
 """All metrics by name."""

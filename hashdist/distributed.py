@@ -140,10 +140,9 @@ class RaySink:
         made = self._made.get(metric.name)
         if made is None:
             made = self._made[metric.name] = self._make(metric)
-        verb = {"counter": "inc", "gauge": "set", "histogram": "observe"}[metric.kind]
         if metric.kind == "counter" and value <= 0:
             return
-        getattr(made, verb)(value, tags=labels)
+        getattr(made, telemetry.VERB[metric.kind])(value, tags=labels)
 
     @staticmethod
     def _make(metric: telemetry.Metric) -> Any:

@@ -237,6 +237,19 @@ class ClusterSettings:
 
 
 @dataclass(frozen=True)
+class MetricsSettings:
+    """Where the driver's metrics go; workers report through Ray's own endpoint in any case.
+
+    Args:
+        port: serve them for Prometheus on this loopback port while the job runs; 0 = no.
+        gateway: host:port of a push gateway that gets them when the job ends.
+    """
+
+    port: int = 0
+    gateway: str = ""
+
+
+@dataclass(frozen=True)
 class Settings:
     """One run of hashdist: a root on local disk or S3, and the settings of every stage.
 
@@ -255,3 +268,4 @@ class Settings:
     index: IndexSettings = field(default_factory=IndexSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)

@@ -7,7 +7,12 @@ prometheus_client for a driver or a batch job, over HTTP or to a push gateway.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+import prometheus_client
+
+VERB = {"counter": "inc", "gauge": "set", "histogram": "observe"}
+"""What an observation is called, by kind of metric."""
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
@@ -95,35 +100,51 @@ class PrometheusSink:
     """Observations into a prometheus_client registry, for a driver or a batch job.
 
     Args:
-        port: serve the registry on this loopback port; 0 = do not serve.
-        gateway: address of a push gateway; `push` sends the registry there.
+        port: serve the registry on this port of `host`; 0 = do not serve.
+        gateway: address of a push gateway that `close` sends the registry to; empty = none.
     """
 
     def __init__(self, port: int = 0, gateway: str = "", host: str = "127.0.0.1") -> None:
-        import prometheus_client as prom
-
-        self.registry = prom.CollectorRegistry()
+        self.registry = prometheus_client.CollectorRegistry()
         self._gateway = gateway
-        self._collectors = {name: self._declare(prom, metric) for name, metric in DECLARED.items()}
-        if port:
-            prom.start_http_server(port, addr=host, registry=self.registry)
+        self._collectors = {name: self._declare(metric) for name, metric in DECLARED.items()}
+        self._server = prometheus_client.start_http_server(port, host, self.registry)[0] if port else None
 
-    def _declare(self, prom, metric: Metric):  # type: ignore[no-untyped-def]
+    def _declare(self, metric: Metric) -> Any:
         if metric.kind == "counter":
-            return prom.Counter(metric.name, metric.help, metric.labels, registry=self.registry)
+            return prometheus_client.Counter(metric.name, metric.help, metric.labels, registry=self.registry)
         if metric.kind == "gauge":
-            return prom.Gauge(metric.name, metric.help, metric.labels, registry=self.registry)
-        return prom.Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry)
+            return prometheus_client.Gauge(metric.name, metric.help, metric.labels, registry=self.registry)
+        return prometheus_client.Histogram(
+            metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry
+        )
 
     def observe(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
         """Into the registry."""
         collector = self._collectors[metric.name]
         child = collector.labels(**labels) if metric.labels else collector
-        getattr(child, {"counter": "inc", "gauge": "set", "histogram": "observe"}[metric.kind])(value)
+        getattr(child, VERB[metric.kind])(value)
 
-    def push(self, job: str) -> None:
-        """Send the registry to the push gateway, if one was given."""
+    def close(self) -> None:
+        """Push to the gateway if there is one, and stop serving."""
         if self._gateway:
-            from prometheus_client import push_to_gateway
+            prometheus_client.push_to_gateway(self._gateway, job="hashdist", registry=self.registry)
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
 
-            push_to_gateway(self._gateway, job=job, registry=self.registry)
+
+class Exported:
+    """While the `with` block runs, observations of this process go to `sink`; closed at its end if it can be."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._mine, self._before = sink, _sink
+
+    def __enter__(self) -> Sink:
+        set_sink(self._mine)
+        return self._mine
+
+    def __exit__(self, *error: object) -> None:
+        set_sink(self._before)
+        if isinstance(self._mine, PrometheusSink):
+            self._mine.close()

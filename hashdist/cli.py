@@ -1,0 +1,257 @@
+"""The command line: argv -> settings -> one command -> one result.
+
+Flags and YAML come from the same dataclasses (hashdist/settings.py). Progress goes to stderr; the result goes to
+stdout, with --json as exactly one JSON object. Exit codes: 0 done, 2 wrong input, 1 anything else.
+"""
+
+import difflib
+import importlib
+import json
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from hashdist import __version__
+from hashdist.errors import HashdistError, InvalidInput
+from hashdist.progress import say
+from hashdist.settings import Settings
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What to search for, and how to show it.
+
+    Args:
+        index: URI of the index; empty = ROOT/indexes/NAME.
+        version: an older version of it; 0 = the newest.
+        image: image file to search with; needs the model that the index names, or --model.
+        key: key of an image in the index to search with.
+        code: code to search with, as hexadecimal bytes.
+        model: URI of the model that encodes --image; empty = the one that the index was made with.
+        k: number of results.
+        html: write the results as a sheet of pictures to this file as well.
+    """
+
+    index: str = ""
+    version: int = 0
+    image: str = ""
+    key: str = ""
+    code: str = ""
+    model: str = ""
+    k: int = 10
+    html: str = ""
+
+
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """Where the quickstart works.
+
+    Args:
+        folder: images, artefacts, index and report go below this folder.
+        seed: of the training.
+    """
+
+    folder: str = "hashdist-quickstart"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """Which index to look at.
+
+    Args:
+        index: URI of the index; empty = ROOT/indexes/NAME.
+    """
+
+    index: str = ""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What the report shows.
+
+    Args:
+        out: the HTML file to write.
+        queries: rows of the sheet of retrieved pictures.
+    """
+
+    out: str = "report.html"
+    queries: int = 8
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Which store to examine.
+
+    Args:
+        uri: folder or s3:// URI; empty = the root.
+    """
+
+    uri: str = ""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what it does, and the `module:function` that does it, imported only when it is called.
+
+    The function takes the settings, then `fixed`, then the command's own options if it has any.
+    """
+
+    help: str
+    target: str
+    fixed: tuple[str, ...] = ()
+    options: type | None = None
+
+
+def _stage(stage: str, text: str) -> Command:
+    return Command(text, "hashdist.pipeline:run_stage", (stage,))
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "real images through every stage, a search, an evaluation, a growth step and a report",
+        "hashdist.quickstart:run",
+        options=QuickstartOptions,
+    ),
+    "pipeline": Command("every stage in order, skipping what is committed", "hashdist.pipeline:run_all"),
+    "collection": _stage("collection", "list the images and commit the listing"),
+    "features": _stage("features", "one feature vector per image, or the user's own features"),
+    "graph": _stage("graph", "exact kNN graph of the training sample"),
+    "train": _stage("train", "train a hash function"),
+    "encode": _stage("encode", "codes of the whole collection"),
+    "index build": _stage("index", "build the sharded index from the codes"),
+    "index log": Command("the versions of an index", "hashdist.commands:index_log", options=LogOptions),
+    "search": Command("search by image, key or code", "hashdist.commands:search", options=SearchOptions),
+    "evaluate": _stage("evaluate", "mAP, precision and recall by a protocol"),
+    "reindex": Command("index what was added, changed or removed since", "hashdist.growth:reindex"),
+    "report": Command("one HTML page of a run", "hashdist.reporting:write", options=ReportOptions),
+    "storage check": Command(
+        "prove that a store refuses a second create", "hashdist.commands:storage_check", options=StoreOptions
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())  # noqa: T201
+        return 0
+    if words[0] == "--version":
+        print(__version__)  # noqa: T201
+        return 0
+    as_json = "--json" in words
+    try:
+        name, rest = _split(words)
+        return _show(_run(name, rest), as_json)
+    except HashdistError as error:
+        say(f"hashdist: {type(error).__name__}: {error}")
+        if as_json:
+            print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}))  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("hashdist: stopped; what is committed stays, and the same command goes on from there")
+        return 130
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hashdist COMMAND [--config FILE.yaml] [--json] [--section.setting VALUE ...]",
+            "",
+            *lines,
+            "",
+            "`hashdist COMMAND --help` lists every setting. A setting on the command line wins over the file.",
+        ]
+    )
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """The command's name, of one or two words, and what follows it."""
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in COMMANDS:
+            return name, words[count:]
+    near = difflib.get_close_matches(" ".join(words[:2]), COMMANDS, 1) or difflib.get_close_matches(words[0], COMMANDS)
+    hint = f"; did you mean `{near[0]}`?" if near else ""
+    raise InvalidInput(f"no command `{words[0]}`{hint}; the commands are: {', '.join(COMMANDS)}")
+
+
+def _run(name: str, words: list[str]) -> dict[str, Any]:
+    command = COMMANDS[name]
+    settings, options = parse(name, words)
+    module, function = command.target.split(":")
+    call = getattr(importlib.import_module(module), function)
+    arguments = [*command.fixed, *([options] if command.options else [])]
+    result: dict[str, Any] = call(settings, *arguments)
+    return result
+
+
+def parse(name: str, words: Sequence[str]) -> tuple[Settings, Any]:
+    """Settings and the command's own options from the words after its name. Raises InvalidInput."""
+    command = COMMANDS[name]
+    parser = ArgumentParser(prog=f"hashdist {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
+    parser.add_class_arguments(Settings)
+    if command.options:
+        parser.add_class_arguments(command.options)
+    try:
+        _check_files(words, [Settings, *([command.options] if command.options else [])])
+        given = parser.instantiate(parser.parse_args(list(words)))
+    except (ArgumentError, TypeError) as error:
+        raise InvalidInput(f"{_plain(error)}; `hashdist {name} --help` lists every setting") from error
+    return _made(Settings, given), _made(command.options, given) if command.options else None
+
+
+def _made(kind: type, given: Namespace) -> Any:
+    return kind(**{field.name: given[field.name] for field in fields(kind)})
+
+
+def _plain(error: Exception) -> str:
+    return " ".join(str(getattr(error, "message", error)).split())
+
+
+def _check_files(words: Sequence[str], kinds: list[type]) -> None:
+    """Refuse unknown keys of configuration files by name, with the known ones beside them."""
+    for place, word in enumerate(words):
+        value = word.removeprefix("--config=") if word.startswith("--config=") else None
+        path = value if value else words[place + 1] if word == "--config" and place + 1 < len(words) else None
+        if path is None:
+            continue
+        if not Path(path).is_file():
+            raise InvalidInput(f"--config needs a YAML file, found none at {path}")
+        try:
+            data = yaml.safe_load(Path(path).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise InvalidInput(f"{path} is not YAML: {_plain(error)}") from error
+        if not isinstance(data, dict):
+            raise InvalidInput(f"{path} must hold `setting: value` lines, found {type(data).__name__}")
+        _check_keys(data, kinds, path, "")
+
+
+def _check_keys(data: dict[str, Any], kinds: list[type], path: str, prefix: str) -> None:
+    known = {field.name: get_type_hints(kind)[field.name] for kind in kinds for field in fields(kind)}
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean `{prefix}{near[0]}`?" if near else ""
+            raise InvalidInput(f"unknown setting `{prefix}{key}` in {path}{hint}; known: {', '.join(known)}")
+        if is_dataclass(known[key]) and isinstance(value, dict):
+            _check_keys(value, [known[key]], path, f"{prefix}{key}.")
+
+
+def _show(result: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({k: v for k, v in result.items() if k != "text"}))  # noqa: T201
+    else:
+        print(result.get("text") or yaml.safe_dump(result, sort_keys=False).rstrip())  # noqa: T201
+    return 0

@@ -67,10 +67,15 @@ def inputs(stage: str, settings: Settings) -> list[Artefact]:
     return found
 
 
+def index_uri(settings: Settings) -> str:
+    """The index of these settings: its own URI, or ROOT/indexes/NAME."""
+    return settings.index.uri or f"{settings.root.rstrip('/')}/indexes/{settings.index.name}"
+
+
 def run_stage(settings: Settings, stage: str) -> dict[str, Any]:
     """Run one stage on what is committed; a stage that is done already is recognised and skipped."""
     _check(settings)
-    with distributed.session(settings.cluster), _metrics(settings):
+    with distributed.session(settings.cluster), run_metrics(settings):
         return _run(stage, settings)
 
 
@@ -78,7 +83,7 @@ def run_all(settings: Settings) -> dict[str, Any]:
     """Run every stage in order, skipping those whose artefact is committed; one Ray session for all."""
     _check(settings)
     started = time.perf_counter()
-    with distributed.session(settings.cluster), _metrics(settings):
+    with distributed.session(settings.cluster), run_metrics(settings):
         results = {stage: _run(stage, settings) for stage in STAGES}
     return {"stage": "pipeline", "stages": results, "seconds": time.perf_counter() - started}
 
@@ -107,7 +112,7 @@ def _check(settings: Settings) -> None:
         raise InvalidInput("a root is required, found none; give --root FOLDER or --root s3://bucket/prefix")
 
 
-def _metrics(settings: Settings) -> telemetry.Exported:
+def run_metrics(settings: Settings) -> telemetry.Exported:
     """Observations of the driver: for Prometheus if a port or gateway is set, else through Ray's endpoint."""
     wanted = settings.metrics
     if wanted.port or wanted.gateway:

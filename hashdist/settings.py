@@ -210,6 +210,7 @@ class EvaluateSettings:
         precision_at: N of precision@N.
         queries: queries of the label-free recall, and of an evaluation without protocol.
         recall_at: k of the label-free recall@k against exact cosine neighbours.
+        baselines: shallow methods (lsh, itq) fitted on the same features and the same training images, for comparison.
     """
 
     protocol: str = ""
@@ -218,6 +219,7 @@ class EvaluateSettings:
     precision_at: int = 100
     queries: int = 1000
     recall_at: int = 10
+    baselines: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ class SearchOptions:
     """What to search for, and how to show it.
 
     Args:
-        index: URI of the index; empty = ROOT/indexes/NAME.
         version: an older version of it; 0 = the newest.
         image: image file to search with; needs the model that the index names, or --model.
         key: key of an image in the index to search with.
@@ -38,7 +37,6 @@ class SearchOptions:
         html: write the results as a sheet of pictures to this file as well.
     """
 
-    index: str = ""
     version: int = 0
     image: str = ""
     key: str = ""
@@ -62,17 +60,6 @@ class QuickstartOptions:
 
 
 @dataclass(frozen=True)
-class LogOptions:
-    """Which index to look at.
-
-    Args:
-        index: URI of the index; empty = ROOT/indexes/NAME.
-    """
-
-    index: str = ""
-
-
-@dataclass(frozen=True)
 class ReportOptions:
     """What the report shows.
 
@@ -83,17 +70,6 @@ class ReportOptions:
 
     out: str = "report.html"
     queries: int = 8
-
-
-@dataclass(frozen=True)
-class StoreOptions:
-    """Which store to examine.
-
-    Args:
-        uri: folder or s3:// URI; empty = the root.
-    """
-
-    uri: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,14 +102,12 @@ COMMANDS = {
     "train": _stage("train", "train a hash function"),
     "encode": _stage("encode", "codes of the whole collection"),
     "index build": _stage("index", "build the sharded index from the codes"),
-    "index log": Command("the versions of an index", "hashdist.commands:index_log", options=LogOptions),
+    "index log": Command("the versions of an index", "hashdist.commands:index_log"),
     "search": Command("search by image, key or code", "hashdist.commands:search", options=SearchOptions),
     "evaluate": _stage("evaluate", "mAP, precision and recall by a protocol"),
     "reindex": Command("index what was added, changed or removed since", "hashdist.growth:reindex"),
-    "report": Command("one HTML page of a run", "hashdist.reporting:write", options=ReportOptions),
-    "storage check": Command(
-        "prove that a store refuses a second create", "hashdist.commands:storage_check", options=StoreOptions
-    ),
+    "report": Command("one HTML page of a run", "hashdist.report:write", options=ReportOptions),
+    "storage check": Command("prove that a store refuses a second create", "hashdist.commands:storage_check"),
 }
 
 

@@ -67,11 +67,6 @@ def inputs(stage: str, settings: Settings) -> list[Artefact]:
     return found
 
 
-def index_uri(settings: Settings) -> str:
-    """The index of these settings: its own URI, or ROOT/indexes/NAME."""
-    return settings.index.uri or f"{settings.root.rstrip('/')}/indexes/{settings.index.name}"
-
-
 def run_stage(settings: Settings, stage: str) -> dict[str, Any]:
     """Run one stage on what is committed; a stage that is done already is recognised and skipped."""
     _check(settings)

@@ -197,6 +197,10 @@ class IndexSettings:
     uri: str = ""
     shard_rows: int = 8_000_000
 
+    def location(self, root: str) -> str:
+        """URI of the index: its own, or ROOT/indexes/NAME."""
+        return self.uri or f"{root.rstrip('/')}/indexes/{self.name}"
+
 
 @dataclass(frozen=True)
 class EvaluateSettings:

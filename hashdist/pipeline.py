@@ -57,6 +57,8 @@ def inputs(stage: str, settings: Settings) -> list[Artefact]:
     found = []
     for name in upstream(stage, settings):
         artefact = snapshot(name, settings)
+        if name == "collection" and not artefact.exists():
+            _run(name, settings)  # listing is cheap, and no job is named after it
         if not artefact.exists():
             raise NotFound(
                 f"`{stage}` needs a committed {name} snapshot; with these settings it would be {artefact.uri}, and "

@@ -1,0 +1,121 @@
+"""A real cluster (`ray start --head`) and real submissions (`ray job submit ... python jobs/train_dsah.py`)."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hashdist.quickstart import write_digits
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = """
+root: {root}
+collection: {{uri: {images}, labels: true}}
+features: {{backbone: pixels}}
+graph: {{protocol: digits}}
+train: {{method: dsah, bits: 16, workers: 2, options: {{rounds: 2, epochs: 2, lr: 0.001, lam: 1.0}}}}
+evaluate: {{protocol: digits, cut: 500}}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the job server of a cluster that this module starts, and stops with its process group."""
+    port, dashboard = _free_port(), _free_port()
+    folder = f"/tmp/hdj{os.getpid()}"
+    log = tmp_path_factory.mktemp("cluster") / "log"
+    command = [
+        *("ray", "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=400000000"),
+        *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
+        *("--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--disable-usage-stats"),
+    ]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": _path()}
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        _wait_until_up(address, process, log)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        subprocess.run(["rm", "-rf", folder], check=True)
+
+
+def _path() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_up(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(120):
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail(f"the cluster did not come up:\n{log.read_text()}")
+
+
+def submit(cluster: str, job: str, *words: str) -> tuple[int, str]:
+    """`ray job submit` as the README has it; exit code and output."""
+    command = ["ray", "job", "submit", "--address", cluster, "--working-dir", ".", "--", "python", f"jobs/{job}.py", *words]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": _path()}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def result(output: str) -> dict[str, object]:
+    """The one JSON line of a job."""
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    assert len(lines) == 1, output
+    found: dict[str, object] = json.loads(lines[0])
+    return found
+
+
+def test_the_stages_as_jobs_end_succeeded(cluster: str, tmp_path: Path) -> None:
+    write_digits(tmp_path / "images")
+    config = tmp_path / "pipeline.yaml"
+    config.write_text(CONFIG.format(root=tmp_path / "root", images=tmp_path / "images"))
+    given = ("--config", str(config), "--json")
+
+    code, output = submit(cluster, "train_dsah", *given)
+    assert code != 0
+    assert "needs a committed" in output
+    assert "hashdist features" in output
+
+    for job in ("extract_features", "build_graph", "train_dsah"):
+        code, output = submit(cluster, job, *given)
+        assert code == 0, output
+        assert "succeeded" in output.lower()
+    trained = result(output)
+    assert trained["skipped"] is False
+
+    code, output = submit(cluster, "pipeline", *given)
+    assert code == 0, output
+    stages = result(output)["stages"]
+    assert isinstance(stages, dict)
+    assert [stages[name].get("skipped") for name in ("collection", "features", "graph", "train")] == [True] * 4
+    assert stages["train"]["snapshot"] == trained["snapshot"]
+    assert stages["evaluate"]["metrics"]["map_all_ties"] > 0.4

@@ -1,0 +1,109 @@
+"""What a store is: a folder of immutable objects, on local disk or on S3.
+
+A store knows nothing of manifests or versions: it reads, writes whole objects, lists, and creates one object
+conditionally. Everything that is built on that one condition is in hashdist/store/commit.py.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import pyarrow.fs
+
+from hashdist.errors import HashdistError, InvalidInput, Unavailable
+
+
+class Entry(NamedTuple):
+    """One object of a listing."""
+
+    name: str  # relative to the listed store, "/" between folders
+    size: int  # bytes
+    stamp: str  # ETag, or mtime in ns: another stamp means that the content may have changed
+    modified: float  # unix seconds
+
+
+class Exists(HashdistError):
+    """A conditional create was refused: the name is taken. Stays inside hashdist.store."""
+
+
+class Contended(Unavailable):
+    """A conditional create met a competing one and was not carried out (S3's 409). Stays inside hashdist.store."""
+
+
+class Store(ABC):
+    """A folder of immutable objects. Picklable and cheap to open: a connection is made on first use.
+
+    Attributes:
+        uri: canonical, without a trailing slash: `file:///abs/path` or `s3://bucket/prefix`.
+    """
+
+    uri: str
+
+    @abstractmethod
+    def child(self, path: str) -> "Store":
+        """The store of a folder inside this one; the folder need not exist."""
+
+    @abstractmethod
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes [start, start + length) of an object, cut at its end. Raises NotFound, Unavailable."""
+
+    @abstractmethod
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Write an object under a name that nothing else uses: whole, or nothing visible.
+
+        Raises Unavailable or OutcomeUnknown; either way the same bytes may be written again under a new name.
+        """
+
+    @abstractmethod
+    def put_file(self, name: str, path: Path) -> None:
+        """As `put`, from a local file."""
+
+    @abstractmethod
+    def create(self, name: str, data: bytes, write_id: str) -> None:
+        """Write an object only if its name is free: of any number of callers exactly one succeeds.
+
+        `write_id` is stored beside the object where the store can (S3 metadata); callers put it in the body too.
+        Raises Exists (refused), Contended or Unavailable (not carried out, try again), OutcomeUnknown (may have
+        landed, or may still land). A repeated request may find its own object and raise Exists.
+        """
+
+    @abstractmethod
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[Entry]:
+        """Objects whose name begins with `prefix` and is greater than `start_after`, recursively.
+
+        In the order of the names' UTF-8 bytes. A folder that does not exist is empty.
+        """
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether the object is there now."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is not there is fine."""
+
+    @abstractmethod
+    def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """For bulk data: a pyarrow file system and the path of this store inside it."""
+
+    def local_path(self, name: str) -> Path | None:  # noqa: ARG002
+        """Where the object lies on this machine's disk; None for a remote store."""
+        return None
+
+    def proof_scope(self) -> str | None:
+        """None where creates are conditional by construction; else the name under which a proof holds (a bucket)."""
+        return None
+
+
+def checked_name(name: str) -> str:
+    """`name` itself if it stays inside its store, else InvalidInput: names come out of manifests too."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        raise InvalidInput(f"an object's name must be a relative path inside its store, found {name!r}")
+    return name
+
+
+def joined(base: str, name: str) -> str:
+    """`base/name`, where either may be empty."""
+    return f"{base}/{name}" if base and name else base or name

@@ -80,7 +80,7 @@ class FlatGradients:
             first = self._parameters[0]
             sizes = [p.numel() for p in self._parameters]
             self._flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-            parts = self._flat.split(sizes)
+            parts = torch.split(self._flat, sizes)
             self._views = [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
         for parameter, view in zip(self._parameters, self._views, strict=True):
             if parameter.grad is None:

@@ -104,7 +104,7 @@ class ImplicitW:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if len(indptr) < 1 or int(indptr[0]) != 0 or int(indptr[-1]) != len(indices):
+        if len(indptr) == 0 or int(indptr[0]) != 0 or int(indptr[-1]) != len(indices):
             raise InvalidInput(
                 f"W0 needs row pointers from 0 to its {len(indices)} entries, found {indptr[:1]} to {indptr[-1:]}"
             )
@@ -294,7 +294,7 @@ def _stripes(start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def _moments(count: int, total: int, squares: int) -> tuple[float, float]:
-    """Mean and population standard deviation of s from exact integers of scaled s: correctly rounded, no cancellation."""
+    """Mean and population standard deviation of s from exact integers of scaled s: no cancellation."""
     mean = Fraction(total, count * _SCALE)
     variance = Fraction(squares * count - total * total, (count * _SCALE) ** 2)
     return float(mean), math.sqrt(variance)
@@ -318,7 +318,7 @@ def _edge_products(q_nL: Tensor, i_E: Tensor, j_E: Tensor) -> Tensor:
 def _masked_integers(s_MN: Tensor, positive_MN: Tensor) -> Tensor:
     """Integers of the masked scaled products, on their device; a row's sum of squares fits int64 up to 2^17 columns."""
     s = torch.where(positive_MN, s_MN, 0.0).long()
-    squares_M = torch.cat([chunk.square().sum(1) for chunk in s.split(1 << 16, dim=1)])
+    squares_M = torch.cat([chunk.square().sum(1) for chunk in torch.split(s, 1 << 16, dim=1)])
     return torch.stack((positive_MN.sum(), s.sum(), (squares_M >> _LOW_BITS).sum(), (squares_M & _LOW).sum()))
 
 
@@ -345,7 +345,7 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True)
 def _look_up(indptr, indices, place_n, rows_M, columns_N, w_MN):  # type: ignore[no-untyped-def]
     """W0 and the diagonal of a block; `place_n` is all -1 before and after."""
     for j in range(len(columns_N)):
@@ -363,7 +363,7 @@ def _look_up(indptr, indices, place_n, rows_M, columns_N, w_MN):  # type: ignore
         place_n[columns_N[j]] = -1
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True)
 def _edge_statistics(indptr, indices, q_TnL, thresholds, start, stop, totals):  # type: ignore[no-untyped-def]
     """Entries of W0 in rows start to stop that no past round added; q_TnL holds this round first, then the past."""
     bits = q_TnL.shape[2]
@@ -388,7 +388,7 @@ def _edge_statistics(indptr, indices, q_TnL, thresholds, start, stop, totals):  
                 totals[3] += square & _LOW
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True)
 def _largest_gap(gap_MN, s_MN, threshold):  # type: ignore[no-untyped-def]
     """gap := max(gap, s - threshold), whose sign says whether any past round added the pair."""
     for i in range(gap_MN.shape[0]):
@@ -396,7 +396,7 @@ def _largest_gap(gap_MN, s_MN, threshold):  # type: ignore[no-untyped-def]
             gap_MN[i, j] = max(gap_MN[i, j], s_MN[i, j] - threshold)
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True)
 def _tile_statistics(s_MN, gap_MN, threshold, first_row, first_column, totals):  # type: ignore[no-untyped-def]
     """Pairs of a tile above the diagonal with gap >= threshold; a row's squares fit int64 up to 2^17 columns."""
     for i in range(s_MN.shape[0]):

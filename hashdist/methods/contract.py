@@ -15,11 +15,10 @@ A shallow method's file offers `NAME`, `CITATION` and `fit(features_ND, bits, se
 import importlib
 import json
 import pkgutil
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import ModuleType
-from typing import Any, ClassVar, Literal, Protocol, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -149,18 +148,16 @@ class MethodSettings(Protocol):
         """Images of a global batch."""
 
 
-class Method(ABC):
+class Method:
     """A method at work in one run, on one rank. All ranks call the same hooks at the same time."""
-
-    STATE: ClassVar[str] = "tensors, numbers, strings and containers of them"
 
     def __init__(self, settings: Any, place: Place) -> None:
         self.settings = settings
         self.place = place
 
-    @abstractmethod
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimiser of `parameters` (the head's, and the backbone's when training from images)."""
+        raise NotImplementedError
 
     def adjust(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate and the like for the step after `step` steps: a pure function of `step`."""
@@ -171,16 +168,16 @@ class Method(ABC):
     def start_epoch(self, epoch: int, encode: Encode) -> None:
         """Before the first step of an epoch (counted over all rounds), not when resuming within one."""
 
-    @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         """The loss of a global batch from this rank's outputs, all with len(own) rows."""
+        raise NotImplementedError
 
-    def end_of_round(self, round_: int, encode: Encode) -> dict[str, Any]:
+    def end_of_round(self, round_: int, encode: Encode) -> dict[str, Any]:  # noqa: ARG002
         """After the last step of a round: change what is trained towards; returns what to report about it."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the method keeps besides weights and optimiser: only STATE, so that it loads safely."""
+        """What the method keeps besides weights: tensors, numbers, strings and containers of them only."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

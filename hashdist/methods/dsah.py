@@ -117,7 +117,7 @@ def network(settings: Settings, width: int, bits: int, generator: torch.Generato
     return Head(width, bits, generator)
 
 
-# ---- section 3.4, Eqs 15-16: pair weights ("PIC") -------------------------------------------------------------------
+# ---- section 3.4, Eqs 15-16: pair weights ("PIC") ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def shift_of(settings: Settings, batch: int) -> float:
     return 2 * math.log(batch / settings.pic_ref_batch) if settings.pic_ref_batch else 0.0
 
 
-# ---- section 3.5, Eq 17: the loss ------------------------------------------------------------------------------------
+# ---- section 3.5, Eq 17: the loss ----------------------------------------------------------------------------------
 
 
 def quantisation(z_bL: Tensor, settings: Settings) -> Tensor:
@@ -239,7 +239,7 @@ def _normaliser(s_bB: Tensor, batch: int, settings: Settings, place: Place) -> N
     return Normaliser(lse, norm.shift, mean_pic, mean_minus)
 
 
-# ---- Algorithm 1 -------------------------------------------------------------------------------------------------------
+# ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
 
 
 class Method(contract.Method):
@@ -254,7 +254,7 @@ class Method(contract.Method):
         if graph is None or len(graph.indptr) != place.data.n + 1:
             found = "none" if graph is None else f"one of {len(graph.indptr) - 1} images"
             raise InvalidInput(
-                f"dsah needs the neighbour graph of its {place.data.n} training images, found {found}; build the graph first"
+                f"dsah needs the neighbour graph of its {place.data.n} training images, found {found}; build it first"
             )
         self.w = ImplicitW(graph.indptr, graph.indices, place.device, place.dtype)
 
@@ -275,8 +275,8 @@ class Method(contract.Method):
         expected = batch * (batch - 1) * self.w.edges / n / max(1, n - 1)
         if expected < 20 and self.place.comm.rank == 0:
             say(
-                f"warning: a global batch of {batch} of {n} images holds {expected:.1f} positive pairs on average, fewer than 20; "
-                f"train on fewer images, or raise the neighbours of the graph or the option batch"
+                f"warning: a global batch of {batch} of {n} images holds {expected:.1f} positive pairs on average, "
+                f"fewer than 20; train on fewer images, or raise the graph's neighbours or the option batch"
             )
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
@@ -318,5 +318,6 @@ def _check(settings: Settings) -> None:
         raise InvalidInput("gamma must be a number, inf or -inf, found nan")
     if settings.pic_ref_batch < 0 or settings.lr_decay_steps < 1:
         raise InvalidInput(
-            f"pic_ref_batch must be at least 0 and lr_decay_steps at least 1, found {settings.pic_ref_batch} and {settings.lr_decay_steps}"
+            f"pic_ref_batch must be at least 0 and lr_decay_steps at least 1, "
+            f"found {settings.pic_ref_batch} and {settings.lr_decay_steps}"
         )

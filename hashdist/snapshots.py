@@ -1,7 +1,6 @@
 """Reading what stages committed: tables of one vector per image, in parts (features, codes)."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hashdist.errors import Corrupt, InvalidInput
+from hashdist.prefetch import in_order
 from hashdist.schema import to_vectors
 from hashdist.store.commit import Artefact, read_table
 
@@ -59,14 +59,7 @@ def _tables(artefact: Artefact, columns: Sequence[str] | None) -> Iterator[pa.Ta
 
 
 def _read(artefact: Artefact, entries: Sequence[dict[str, Any]], columns: Sequence[str] | None) -> Iterator[pa.Table]:
-    """Tables in the order of `entries`, the next few being read meanwhile."""
-    with ThreadPoolExecutor(_AHEAD) as pool:
-        running = [pool.submit(read_table, artefact.store, entry, columns) for entry in entries[:_AHEAD]]
-        for entry in [*entries[_AHEAD:], *[None] * len(running)]:
-            table = running.pop(0).result()
-            if entry is not None:
-                running.append(pool.submit(read_table, artefact.store, entry, columns))
-            yield table
+    return in_order(lambda entry: read_table(artefact.store, entry, columns), entries, _AHEAD)
 
 
 def _places(

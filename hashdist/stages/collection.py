@@ -1,0 +1,98 @@
+"""Stage: list a collection, read every image once, and commit the listing with keys, ids, digests and labels."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from hashdist import distributed
+from hashdist.collections import (
+    KIND,
+    REVISION,
+    Listing,
+    Plan,
+    assemble,
+    described,
+    label_numbers,
+    list_collection,
+    plan,
+    write_unit,
+)
+from hashdist.progress import say
+from hashdist.settings import Settings
+from hashdist.store import open_store
+from hashdist.store.commit import Artefact, artefact, open_artefact
+
+
+def snapshot(settings: Settings) -> Artefact:
+    """The artefact of the collection as it is now. Lists names; reads no image.
+
+    Raises InvalidInput for a collection that is missing, empty or of mixed formats.
+    """
+    if settings.collection.snapshot:
+        return open_artefact(settings.collection.snapshot, KIND)
+    return _artefact(settings, list_collection(settings.collection))
+
+
+def _artefact(settings: Settings, listing: Listing) -> Artefact:
+    identity = {"part_rows": settings.collection.part_rows}  # the listing's digest holds the rest
+    inputs = {"uri": listing.uri, "listing": listing.digest}
+    root = open_store(settings.root)
+    return artefact(root, KIND, inputs=inputs, settings=identity, revision=REVISION, salt=settings.fresh)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Work of one task: read the images of a unit and write its rows."""
+
+    target: Artefact
+    plan: Plan
+    part_rows: int
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Scan unit `number`; returns its record."""
+        unit = self.plan.units[number]
+        return write_unit(self.target, unit, self.plan.reader.scan(unit), self.part_rows)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Commit the listing, unless it is committed. Needs an open Ray session.
+
+    Returns: stage, snapshot, rows, failed (images that could not be read), seconds, skipped.
+    """
+    started = time.perf_counter()
+    if settings.collection.snapshot:
+        return _result(open_artefact(settings.collection.snapshot, KIND), started, skipped=True)
+    listing = list_collection(settings.collection)
+    target = _artefact(settings, listing)
+    if target.exists():
+        return _result(target, started, skipped=True)
+    part_rows = settings.collection.part_rows
+    planned = plan(listing, part_rows)
+    scan = Scan(target, planned, part_rows)
+    numbers = range(len(planned.units))
+    records = distributed.run_parts(target, numbers, scan, label="collection", at_once=distributed.cpus())
+    units = [records[number] for number in numbers]
+    labels = label_numbers(planned.reader, units)
+    fields = assemble(target, units, salts=planned.salts, labels=labels, part_rows=part_rows)
+    lineage = {
+        "stage": "collection",
+        "inputs": {"listing": {"uri": listing.uri, "digest": listing.digest}},
+        "settings": settings.collection.identity(),
+    }
+    target.publish({**lineage, **described(listing), **fields})
+    return _result(target, started, skipped=False)
+
+
+def _result(target: Artefact, started: float, skipped: bool) -> dict[str, Any]:
+    manifest = target.manifest()
+    if manifest["failed"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["unreadable"].items()))
+        say(f"collection: {manifest['failed']} of {manifest['rows']} images cannot be read: {reasons}")
+    return {
+        "stage": "collection",
+        "snapshot": target.uri,
+        "rows": manifest["rows"],
+        "failed": manifest["failed"],
+        "seconds": time.perf_counter() - started,
+        "skipped": skipped,
+    }

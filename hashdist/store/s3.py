@@ -51,7 +51,7 @@ class S3Store(Store):
     def parse(cls, uri: str) -> "S3Store":
         """From s3://bucket/prefix."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        prefix = prefix.strip("/")
+        prefix = prefix.rstrip("/")
         if not bucket or (prefix and "" in prefix.split("/")):
             raise InvalidInput(f"an S3 URI must read s3://bucket or s3://bucket/prefix, found {uri!r}")
         return cls(bucket, prefix and checked_name(prefix))
@@ -233,11 +233,11 @@ def _answer(response: Any, what: str, writes: bool) -> HashdistError:
         return Exists(text)
     if code in ("ConditionalRequestConflict", "OperationAborted"):
         return Contended(text)
+    if code in ("NotImplemented", "InvalidArgument", "InvalidRequest"):
+        return InvalidInput(f"{text}; this server does not know a request that hashdist needs (If-None-Match on PUT)")
     if status >= 500 or status == 429 or code in _BUSY:
         # a 5xx may come from a proxy in front of a server that did carry the write out
         return OutcomeUnknown(text) if writes else Unavailable(text)
-    if code in ("NotImplemented", "InvalidArgument", "InvalidRequest"):
-        return InvalidInput(f"{text}; this server does not know a request that hashdist needs (If-None-Match on PUT)")
     if status in (401, 403):
         return InvalidInput(f"{text}; check the credentials, and that they may read, write and list there")
     return InvalidInput(f"{text}: {response.get('Error', {}).get('Message', '')}")

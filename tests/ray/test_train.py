@@ -1,0 +1,251 @@
+"""Training over Ray: a run ends with the same weights whatever was killed on the way, and says early what is wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from hashdist.errors import Conflict, InvalidInput
+from hashdist.settings import Settings, TrainSettings
+from hashdist.stages import train
+from hashdist.store import open_store
+from hashdist.store.commit import Artefact, Log, Version, open_artefact
+
+EPOCHS = 12
+OPTIONS = {"epochs": EPOCHS, "rounds": 3, "lr": 1e-3}
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+DRIVER = """
+import sys
+from hashdist import distributed
+from hashdist.settings import ClusterSettings, Settings, TrainSettings
+from hashdist.stages import train
+from hashdist.store.commit import open_artefact
+
+root, address, workers, graph, features = sys.argv[1:]
+settings = Settings(root=root, train=TrainSettings(**{train_settings}, workers=int(workers)))
+with distributed.session(ClusterSettings(address=address)):
+    train.run(settings, open_artefact(graph, "graphs"), open_artefact(features, "features"))
+"""
+
+
+def _settings(root: str, workers: int = 2, **changes: Any) -> Settings:
+    return Settings(root=root, train=TrainSettings(**{**_train_settings(), **changes}, workers=workers))
+
+
+def _train_settings() -> dict[str, Any]:
+    return {"bits": 16, "options": OPTIONS, "checkpoint_steps": 4}
+
+
+def _head(result: dict[str, Any]) -> str:
+    """SHA-256 of the trained weights."""
+    return str(open_artefact(result["snapshot"], "models").manifest()["head"]["sha256"])
+
+
+def _log(settings: Settings, made: Any) -> Log:
+    name = train.snapshot(settings, made.graph, made.features).name
+    return Log(open_store(settings.root).child(f"runs/{name}"))
+
+
+def _wait_for(log: Log, number: int, timeout_s: float = 120) -> Version:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        newest = log.latest()
+        if newest is not None and newest.number >= number:
+            return newest
+        time.sleep(0.02)
+    raise TimeoutError(f"no version {number} in {timeout_s} s")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ray_session: None, made: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """uninterrupted(workers): weights of a run that nothing disturbed."""
+    heads: dict[int, str] = {}
+
+    def of(workers: int) -> str:
+        if workers not in heads:
+            root = tmp_path_factory.mktemp("uninterrupted").as_uri()
+            there = made(root)
+            heads[workers] = _head(train.run(_settings(root, workers), there.graph, there.features))
+        return heads[workers]
+
+    return of
+
+
+def _worker_killed(root: str, made: Callable[..., Any], workers: int) -> tuple[str, list[str]]:
+    """Weights, and attempts seen in the log, of a run whose rank 0 was killed in the middle."""
+    there, settings = made(root), _settings(root, workers)
+    log = _log(settings, there)
+    killed: list[int] = []
+
+    def kill() -> None:
+        pid = _wait_for(log, 5).manifest["worker"]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = train.run(settings, there.graph, there.features)
+    killer.join()
+    assert killed
+    versions = [log.read(number).manifest for number in log.numbers()]
+    assert [version["number"] for version in versions] == list(range(1, len(versions) + 1))
+    return _head(result), list(dict.fromkeys(str(version["worker"]["pid"]) for version in versions))
+
+
+def _driver_killed(root: str, made: Callable[..., Any], workers: int) -> tuple[str, list[str]]:
+    """Weights, and attempts seen in the log, of a run whose driver was killed and which was then submitted again."""
+    there, settings = made(root), _settings(root, workers)
+    log = _log(settings, there)
+    script = DRIVER.replace("{train_settings}", repr(_train_settings()))
+    address = ray.get_runtime_context().gcs_address
+    arguments = [root, address, str(workers), there.graph.uri, there.features.uri]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    driver = subprocess.Popen([sys.executable, "-c", script, *arguments], env=environment)
+    try:
+        newest = _wait_for(log, 5)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    assert not newest.manifest["finished"]
+    result = train.run(settings, there.graph, there.features)
+    versions = [log.read(number).manifest for number in log.numbers()]
+    return _head(result), list(dict.fromkeys(version["attempt"] for version in versions))
+
+
+def test_a_killed_worker_changes_no_bit(uninterrupted: Any, made: Callable[..., Any], tmp_path: Path) -> None:
+    head, workers = _worker_killed(tmp_path.as_uri(), made, 2)
+    assert len(workers) == 2
+    assert head == uninterrupted(2)
+
+
+def test_a_killed_driver_changes_no_bit(uninterrupted: Any, made: Callable[..., Any], tmp_path: Path) -> None:
+    head, attempts = _driver_killed(tmp_path.as_uri(), made, 2)
+    assert len(attempts) == 2
+    assert head == uninterrupted(2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [1, 4])
+def test_kills_change_no_bit_at_other_world_sizes(
+    uninterrupted: Any, made: Callable[..., Any], tmp_path: Path, workers: int
+) -> None:
+    assert _worker_killed((tmp_path / "worker").as_uri(), made, workers)[0] == uninterrupted(workers)
+    assert _driver_killed((tmp_path / "driver").as_uri(), made, workers)[0] == uninterrupted(workers)
+
+
+def test_the_run_tells_where_it_stands_and_is_not_done_twice(
+    uninterrupted: Any, made: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uninterrupted(2)
+    there, settings = made(tmp_path.as_uri()), _settings(tmp_path.as_uri())
+    result = train.run(settings, there.graph, there.features)
+    assert _head(result) == uninterrupted(2)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train: epoch")]
+    assert lines
+    assert "loss" in lines[-1]
+    assert f"epoch {3 * EPOCHS}/{3 * EPOCHS}" in lines[-1]
+
+    log = _log(settings, there)
+    versions = [log.read(number).manifest for number in log.numbers()]
+    epochs = [len(version["history"]) for version in versions]
+    assert epochs == sorted(epochs)
+    assert {len(version["history"]) for version in versions} == {*range(3 * EPOCHS + 1)}
+    assert [version["finished"] for version in versions] == [False] * (len(versions) - 1) + [True]
+    states = {entry.name for entry in log.store.list("states/")}
+    assert states == {version["state"]["path"] for version in versions[-3:]}
+
+    manifest = open_artefact(result["snapshot"], "models").manifest()
+    assert [entry["epoch"] for entry in manifest["history"]] == list(range(3 * EPOCHS))
+    assert [entry["round"] for entry in manifest["rounds"]] == [0, 1, 2]
+    assert manifest["inputs"]["graphs"]["digest"] == there.graph.name
+    assert train.run(settings, there.graph, there.features)["skipped"]
+    assert log.numbers() == list(range(1, len(versions) + 1))
+
+
+def test_a_finished_run_without_a_model_is_only_published(
+    uninterrupted: Any, made: Callable[..., Any], tmp_path: Path
+) -> None:
+    there, settings = made(tmp_path.as_uri()), _settings(tmp_path.as_uri())
+    result = train.run(settings, there.graph, there.features)
+    (Path(result["snapshot"].removeprefix("file://")) / "manifest.json").unlink()
+    started = time.monotonic()
+    again = train.run(settings, there.graph, there.features)
+    assert time.monotonic() - started < 5  # no worker was started
+    assert again["model_digest"] == result["model_digest"]
+    assert _head(again) == uninterrupted(2)
+
+
+def test_an_attempt_that_loses_a_commit_stops(ray_session: None, made: Callable[..., Any], tmp_path: Path) -> None:
+    there, settings = made(tmp_path.as_uri()), _settings(tmp_path.as_uri())
+    log = _log(settings, there)
+
+    def intrude() -> None:
+        while True:
+            newest = _wait_for(log, 3)
+            try:
+                log.commit({**newest.manifest, "attempt": "intruder"}, newest.number)
+            except Conflict:
+                continue
+            return
+
+    intruder = threading.Thread(target=intrude)
+    intruder.start()
+    with pytest.raises(Conflict, match="intruder.*trained twice"):
+        train.run(settings, there.graph, there.features)
+    intruder.join()
+    assert log.read(log.numbers()[-1]).manifest["attempt"] == "intruder"
+
+
+def test_on_s3(s3_endpoint: str, uninterrupted: Any, made: Callable[..., Any], tmp_path: Path) -> None:
+    root = f"s3://hashdist/{tmp_path.name}-{os.urandom(4).hex()}"
+    there = made(root)
+    result = train.run(_settings(root), there.graph, there.features)
+    assert _head(result) == uninterrupted(2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 12}, "multiple of 8"),
+        ({"method": "dhs"}, "choose one of"),
+        ({"options": {"epoch": 3}}, "its options are"),
+        ({"options": {"batch": 1}}, "batch 1 and 2 workers"),
+        ({"options": {"batch": 400}}, "found 300 training images"),
+        ({"mode": "images"}, "needs the collection"),
+        ({"workers": 64}, "64 training workers need 64 CPU"),
+    ],
+)
+def test_wrong_settings_end_before_workers_start(
+    ray_session: None, made: Callable[..., Any], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    there = made(tmp_path.as_uri())
+    settings = _settings(tmp_path.as_uri(), changes.pop("workers", 2), **changes)
+    with pytest.raises(InvalidInput, match=message):
+        train.run(settings, there.graph, there.features)
+    assert not list(tmp_path.glob("models/*/manifest.json"))
+
+
+def test_a_graph_of_other_features_is_refused(ray_session: None, made: Callable[..., Any], tmp_path: Path) -> None:
+    there, other = made(tmp_path.as_uri()), made(tmp_path.as_uri(), seed=1)
+    with pytest.raises(InvalidInput, match="must be made from the features"):
+        train.run(_settings(tmp_path.as_uri()), there.graph, other.features)
+
+
+def test_a_checkpoint_of_another_model_is_refused(ray_session: None, made: Callable[..., Any], tmp_path: Path) -> None:
+    there, settings = made(tmp_path.as_uri()), _settings(tmp_path.as_uri())
+    other = replace(settings, train=replace(settings.train, bits=8))
+    foreign = _log(other, there).commit({"stage": "train", "model": "another", "finished": False}, 0)
+    wrong = Log(open_store(settings.root).child(f"runs/{train.snapshot(settings, there.graph, there.features).name}"))
+    wrong.commit({**foreign.manifest}, 0)
+    with pytest.raises(InvalidInput, match="another"):
+        train.run(settings, there.graph, there.features)

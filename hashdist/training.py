@@ -151,7 +151,9 @@ class _Run:
         self.settings, self.data, self.comm, self.device = settings, data, comm, device
         self.chosen = method_settings(module, settings.preset, settings.options)
         check_schedule(self.chosen, data.n, comm.world_size)
-        place = Place(settings.bits, data, comm, device, dtype, settings.seed, settings.threads)
+        place = Place(
+            settings.bits, settings.mode == "frozen", data, comm, device, dtype, settings.seed, settings.threads
+        )
         self.source = _source(settings.mode, data, backbone, device, dtype, settings.seed)
         generator = torch.Generator().manual_seed(settings.seed)
         self.head = module.network(self.chosen, self.source.width, settings.bits, generator).to(device, dtype)
@@ -174,7 +176,7 @@ class _Run:
     def go(self, save: Callable[[Checkpoint], None], report: Callable[[dict[str, Any]], None]) -> None:
         """From the position to the end."""
         if self.fresh:
-            self.method.prepare(self.encode)
+            self.method.prepare(self.head, self.encode)
         while self.position.round < self.chosen.rounds:
             entry = self._epoch(save, report)
             if self.position.epoch + 1 == self.chosen.epochs:

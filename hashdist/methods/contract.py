@@ -115,6 +115,7 @@ class Place:
 
     Args:
         bits: L, the code length.
+        frozen: the head alone is trained, on committed features; else end to end from images.
         data: the training images.
         comm: the ranks.
         device: where tensors of a step live.
@@ -124,6 +125,7 @@ class Place:
     """
 
     bits: int
+    frozen: bool
     data: TrainingData
     comm: Communicator
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -162,8 +164,8 @@ class Method:
     def adjust(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate and the like for the step after `step` steps: a pure function of `step`."""
 
-    def prepare(self, encode: Encode) -> None:
-        """Once, before the first step of a new run (not when it resumes): banks, label networks, warnings."""
+    def prepare(self, head: nn.Module, encode: Encode) -> None:
+        """Once, before the first step of a new run (not when it resumes): constants of the head, banks, warnings."""
 
     def start_epoch(self, epoch: int, encode: Encode) -> None:
         """Before the first step of an epoch (counted over all rounds), not when resuming within one."""

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hashdist import telemetry
 from hashdist.bits import check_bits
 from hashdist.errors import InvalidInput
 from hashdist.methods import contract
@@ -33,6 +34,7 @@ from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place
 from hashdist.pairs import all_rows, signs, sum_over_ranks, unit, with_own_rows
 from hashdist.progress import say
 from hashdist.similarity import ImplicitW, quantize
+from hashdist.standardize import Standardize
 
 NAME = "dsah"
 CITATION = "Lin et al., Deep Self-Adaptive Hashing for Image Retrieval, CIKM 2021"
@@ -63,6 +65,8 @@ class Settings:
         lr_decay: factor on the learning rate every `lr_decay_steps` steps; 1 = constant.
         lr_decay_steps: see lr_decay.
         update_after_last: refresh W after the last round too; nothing is trained on it, its figures are reported.
+        feature_length: typical length that frozen features are scaled to after centring (64 is that of 4096
+            features of variance 1); 0 = as they come, not centred either.
         gather_whole: largest global batch whose pairs every rank computes whole (recipe C); above it, own rows
             only (recipe E). The gradients are the same.
     """
@@ -83,6 +87,7 @@ class Settings:
     lr_decay: float = 1.0
     lr_decay_steps: int = 200
     update_after_last: bool = False
+    feature_length: float = 64.0
     gather_whole: int = 4096
 
 
@@ -97,10 +102,15 @@ PRESETS = {
 
 
 class Head(nn.Module):
-    """features [b, D] -> 1000 -> L, tanh. The paper names no activation after the 1000 units, the release has none."""
+    """features [b, D] -> 1000 -> L, tanh. The paper names no activation after the 1000 units, the release has none.
+
+    The paper trains the backbone too. Frozen features are centred and scaled first, which end to end is the
+    identity (docs/decisions.md, "Frozen features").
+    """
 
     def __init__(self, width: int, bits: int, generator: torch.Generator) -> None:
         super().__init__()
+        self.standardize = Standardize(width)
         self.hidden = nn.Linear(width, 1000)
         self.hash = nn.Linear(1000, check_bits(bits))
         for parameter in self.parameters():
@@ -109,7 +119,7 @@ class Head(nn.Module):
 
     def forward(self, features_bD: Tensor) -> Outputs:
         """{"z": tanh outputs [b, L]}."""
-        return {"z": torch.tanh(self.hash(self.hidden(features_bD)))}
+        return {"z": torch.tanh(self.hash(self.hidden(self.standardize(features_bD))))}
 
 
 def network(settings: Settings, width: int, bits: int, generator: torch.Generator) -> nn.Module:  # noqa: ARG001
@@ -269,8 +279,11 @@ class Method(contract.Method):
         if chosen.adam_eps_hat:
             group["eps"] = chosen.adam_eps / math.sqrt(1 - group["betas"][1] ** (step + 1))
 
-    def prepare(self, encode: Encode) -> None:  # noqa: ARG002
-        """Warn where uniform batches can hardly hold a positive pair."""
+    def prepare(self, head: nn.Module, encode: Encode) -> None:  # noqa: ARG002
+        """Constants of frozen features; a warning where uniform batches can hardly hold a positive pair."""
+        if self.place.frozen and self.settings.feature_length and self.place.data.features is not None:
+            assert isinstance(head, Head)
+            head.standardize.fit(self.place.data.features, self.settings.feature_length)
         n, batch = self.place.data.n, self.settings.batch
         expected = batch * (batch - 1) * self.w.edges / n / max(1, n - 1)
         if expected < 20 and self.place.comm.rank == 0:
@@ -300,6 +313,11 @@ class Method(contract.Method):
         if round_ + 1 == self.settings.rounds and not self.settings.update_after_last:
             return {}
         found = self.w.refresh(quantize(encode()), self.settings.gamma, self.place.comm, self.place.threads)
+        if self.place.comm.rank == 0:
+            telemetry.REFRESH_SECONDS.observe(found.seconds)
+            telemetry.POSITIVES.set(found.pairs / 2)
+            if found.m is not None:
+                telemetry.THRESHOLD.set(found.m)
         return found.report()
 
     def state_dict(self) -> dict[str, Any]:

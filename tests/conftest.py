@@ -21,8 +21,11 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One local Ray for the whole test session: 4 logical CPUs, a bounded object store."""
+def ray_session(s3_endpoint: str) -> Iterator[None]:
+    """One local Ray for the whole test session: 4 logical CPUs, a bounded object store.
+
+    The S3 server comes first, since workers get the AWS_* variables that are set when their session starts.
+    """
     from hashdist import distributed
     from hashdist.settings import ClusterSettings
 

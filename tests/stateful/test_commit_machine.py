@@ -169,7 +169,10 @@ def wrong_protocol(wrong: str) -> Callable[..., tuple[dict[str, Any], bool]]:
         try:
             store.create(name, data, "w")
         except Exists:
-            standing = commit.read_record(store, name)
+            try:
+                standing = commit.read_record(store, name)
+            except Unavailable as error:
+                raise OutcomeUnknown("refused, and the read-back failed") from error
             return standing, wrong != "no read-back" and standing == record
         except Contended:
             if wrong != "409 is lost":

@@ -37,7 +37,7 @@ from hashdist.sources import (
     is_hidden,
 )
 from hashdist.store import Entry, Store, open_store
-from hashdist.store.commit import Artefact, artefact, read_table, write_table
+from hashdist.store.commit import Artefact, artefact, open_artefact, read_table, write_table
 
 KIND = "collections"
 REVISION = 1
@@ -458,6 +458,28 @@ class Collection:
                 yield Image(id_, key, digest, labels, None, image.reason)
             else:
                 yield Image(id_, key, digest, labels, image, None)
+
+    def fetch(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The encoded images of a few keys, for showing them; keys that are not there, or unreadable, are left out."""
+        wanted = pa.array(sorted(set(keys)), pa.string())
+        found: dict[str, bytes] = {}
+        for unit in self._units:
+            if len(found) == len(wanted):
+                break
+            here = read_table(self.artefact.store, unit["file"], ["key"])
+            if not pc.any(pc.is_in(here["key"], wanted)).as_py():
+                continue
+            rows = read_table(self.artefact.store, unit["file"])
+            rows = rows.filter(pc.and_(pc.is_in(rows["key"], wanted), pc.equal(rows["status"], OK)))
+            for key, data in zip(rows["key"].to_pylist(), self._reader.read(rows), strict=True):
+                if isinstance(data, bytes):
+                    found[key] = data
+        return found
+
+
+def open_collection(uri: str) -> Collection:
+    """A committed collection. Raises NotFound, or InvalidInput for an artefact of another kind."""
+    return Collection(open_artefact(uri, KIND))
 
 
 def _reader(manifest: Mapping[str, Any]) -> Reader:

@@ -26,7 +26,7 @@ from hashdist.settings import Settings
 _MARK = ".made-by-hashdist-quickstart"
 _HELD_BACK, _CHANGED, _REMOVED = 60, 20, 20
 
-OPTIONS = {"lr": 1e-3, "lam": 1.0, "epochs": 30}
+OPTIONS = {"lr": 1e-3, "lambda_": 1.0, "epochs": 30}
 """DSAH's values for raw pixels of tiny images; the paper's are for a VGG-19. Chosen on the training loss alone."""
 
 

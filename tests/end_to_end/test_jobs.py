@@ -21,7 +21,7 @@ root: {root}
 collection: {{uri: {images}, labels: true}}
 features: {{backbone: pixels}}
 graph: {{protocol: digits}}
-train: {{method: dsah, bits: 16, workers: 2, options: {{rounds: 2, epochs: 2, lr: 0.001, lam: 1.0}}}}
+train: {{method: dsah, bits: 16, workers: 2, options: {{rounds: 2, epochs: 2, lr: 0.001, lambda_: 1.0}}}}
 evaluate: {{protocol: digits, cut: 500}}
 """
 
@@ -80,7 +80,19 @@ def _wait_until_up(address: str, process: subprocess.Popen[bytes], log: Path) ->
 
 def submit(cluster: str, job: str, *words: str) -> tuple[int, str]:
     """`ray job submit` as the README has it; exit code and output."""
-    command = ["ray", "job", "submit", "--address", cluster, "--working-dir", ".", "--", "python", f"jobs/{job}.py", *words]
+    command = [
+        "ray",
+        "job",
+        "submit",
+        "--address",
+        cluster,
+        "--working-dir",
+        ".",
+        "--",
+        "python",
+        f"jobs/{job}.py",
+        *words,
+    ]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": _path()}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr

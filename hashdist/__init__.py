@@ -1,3 +1,56 @@
-"""hashdist: a growing image collection as a compact, versioned binary index, with a hash function it learns itself."""
+"""hashdist: a growing image collection as a compact, versioned binary index, with a hash function it learns itself.
+
+`create_index`, `open_index`, `Index` and `Hits` are the life of an index and need neither torch nor Ray;
+`load_model` loads torch when it is first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+from hashdist.errors import (
+    AlreadyExists,
+    Conflict,
+    Corrupt,
+    HashdistError,
+    InvalidInput,
+    NotFound,
+    OutcomeUnknown,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from hashdist.model import load_model
+    from hashdist.searcher import Hits, Index, create_index, open_index
+
+__all__ = [
+    "AlreadyExists",
+    "Conflict",
+    "Corrupt",
+    "HashdistError",
+    "Hits",
+    "Index",
+    "InvalidInput",
+    "NotFound",
+    "OutcomeUnknown",
+    "Unavailable",
+    "create_index",
+    "load_model",
+    "open_index",
+]
+
+_HOMES = {
+    "create_index": "hashdist.searcher",
+    "open_index": "hashdist.searcher",
+    "Index": "hashdist.searcher",
+    "Hits": "hashdist.searcher",
+    "load_model": "hashdist.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names come from their modules when they are first asked for, so that each import stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hashdist' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

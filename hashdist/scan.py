@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -307,7 +306,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def _load(_typing: Any, address: Any, index: Any, like: Any) -> Any:
     """The word at `index` (in words of `like`'s type) from `address`, which need not be aligned."""
 
-    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         word = context.get_value_type(like.dtype)
         base = builder.inttoptr(arguments[0], word.as_pointer())
         return builder.load(builder.gep(base, [arguments[1]]), align=1)
@@ -320,7 +319,7 @@ def _popcount(_typing: Any, word: Any) -> Any:
     """Bits set in an unsigned word: LLVM's ctpop, a vector instruction where there is one. Of bytes: as uint16."""
     result = types.uint16 if word == types.uint8 else word
 
-    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         count = builder.ctpop(arguments[0])
         return count if result == word else builder.zext(count, context.get_value_type(result))
 
@@ -331,7 +330,7 @@ def _popcount(_typing: Any, word: Any) -> Any:
 def _narrow(_typing: Any, value: Any, like: Any) -> Any:
     """A small non-negative int64 in the type of `like`."""
 
-    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.trunc(arguments[0], context.get_value_type(like)) if like.bitwidth < 64 else arguments[0]
 
     return like(value, like), generate

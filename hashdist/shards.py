@@ -1,0 +1,287 @@
+"""Shard files: what an index version consists of, written once, opened by mapping.
+
+A shard is up to four files, row-aligned, rows sorted by id:
+
+- `.bin`: the codes as a plain faiss `IndexBinaryFlat`; `faiss.read_index_binary` opens it. After a header of
+  33 bytes the codes follow as they are, so the file itself is mapped, without faiss.
+- `.npy`: the ids, int64, ascending: row r of the faiss index is row r here.
+- `.keys.arrow`: the keys, Arrow IPC, mapped and read row by row: there is no map of all ids to keys.
+- `.columns.arrow`: content digest, labels and whatever else the caller gave; absent where nothing was given.
+
+Files of a remote store are kept in a local cache folder under their SHA-256, and mapped there. Every file is
+checksummed when it is first opened in a process; a bad cache file is fetched again.
+"""
+
+import hashlib
+import io
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+from numpy.typing import NDArray
+
+from hashdist.errors import Corrupt, InvalidInput, NotFound
+from hashdist.order import blocks
+from hashdist.prefetch import in_order
+from hashdist.store import Store
+from hashdist.store.commit import write_file
+
+_HEADER = struct.Struct("<4siiq?iQ")
+"""faiss: "IBxF", bits, bytes per code, rows, is trained, metric, bytes of all codes."""
+
+_HAMMING_METRIC = 1  # faiss writes METRIC_L2 for binary indexes
+_RANGE_BYTES = 8 << 20
+_DOWNLOADS = 8
+_HASHED_AT_ONCE = 1 << 22
+
+
+class Rows(NamedTuple):
+    """Rows to be written as a shard, in any order.
+
+    Attributes:
+        ids: int64 [N], distinct.
+        codes: uint8 [N, W].
+        keys: one per row.
+        columns: further columns, row-aligned; no columns at all are fine.
+    """
+
+    ids: NDArray[np.int64]
+    codes: NDArray[np.uint8]
+    keys: Sequence[str] | pa.ChunkedArray | pa.Array
+    columns: pa.Table
+
+
+def write_shard(store: Store, new_name: Callable[[str], str], rows: Rows) -> dict[str, Any]:
+    """Write the files of a shard; returns the entry by which a manifest names it.
+
+    Args:
+        store: folder of the index.
+        new_name: a fresh name with the given suffix.
+        rows: at least one; they are sorted here.
+
+    Raises:
+        InvalidInput: an id twice, or columns of another length.
+    """
+    order = np.argsort(rows.ids, kind="stable")
+    ids = rows.ids[order]
+    if (np.diff(ids) == 0).any():
+        raise InvalidInput(f"every row of a shard must have its own id, found {int((np.diff(ids) == 0).sum())} twice")
+    if not len(ids) == len(rows.codes) == len(rows.keys):
+        raise InvalidInput(f"{len(ids)} ids need as many codes and keys, found {len(rows.codes)} and {len(rows.keys)}")
+    count = len(ids)
+    keys = pa.table({"key": _chunked(rows.keys).cast(pa.large_string()).take(order)})
+    shard: dict[str, Any] = {
+        "rows": count,
+        "first_id": int(ids[0]),
+        "last_id": int(ids[-1]),
+        "codes": write_file(store, new_name(".bin"), faiss_flat(rows.codes[order]), count),
+        "ids": write_file(store, new_name(".npy"), _npy(ids), count),
+        "keys": write_file(store, new_name(".keys.arrow"), _ipc(keys), count),
+    }
+    if rows.columns.num_columns:
+        if len(rows.columns) != count:
+            raise InvalidInput(f"columns must have {count} rows like the codes, found {len(rows.columns)}")
+        columns = _ipc(rows.columns.take(order))
+        shard["columns"] = write_file(store, new_name(".columns.arrow"), columns, count)
+    return shard
+
+
+def faiss_flat(codes_NW: NDArray[np.uint8]) -> bytes:
+    """The bytes that faiss writes for an `IndexBinaryFlat` that holds these codes."""
+    return _header(*codes_NW.shape) + np.ascontiguousarray(codes_NW).tobytes()
+
+
+def _header(rows: int, width: int) -> bytes:
+    return _HEADER.pack(b"IBxF", 8 * width, width, rows, True, _HAMMING_METRIC, rows * width)
+
+
+def write_ids(store: Store, name: str, ids: NDArray[np.int64]) -> dict[str, Any]:
+    """Write a file of ids (of a tombstone); returns its entry."""
+    return write_file(store, name, _npy(ids), len(ids))
+
+
+def files(shard: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """The file entries of a shard."""
+    return (shard[part] for part in ("codes", "ids", "keys", "columns") if part in shard)
+
+
+class Shard:
+    """A committed shard, opened piece by piece as it is needed.
+
+    Args:
+        store: folder of the index.
+        entry: as `write_shard` returned it.
+    """
+
+    def __init__(self, store: Store, entry: Mapping[str, Any]) -> None:
+        self._store, self._entry = store, entry
+        self._opened: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self.rows: int = entry["rows"]
+        self.name: str = entry["codes"]["path"]
+
+    @property
+    def codes(self) -> NDArray[np.uint8]:
+        """The codes, mapped: uint8 [N, W]. Raises Corrupt, NotFound, Unavailable."""
+        codes: NDArray[np.uint8] = self._open("codes", self._map_codes)
+        return codes
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The ids, mapped: int64 [N], ascending."""
+        ids: NDArray[np.int64] = self._open("ids", self._map_ids)
+        return ids
+
+    def keys(self, rows: NDArray[np.int64] | None = None) -> list[str]:
+        """The keys of some rows, or of all; reads no more than these."""
+        return [str(key) for key in self._take("keys", ["key"], rows)["key"].to_pylist()]
+
+    def columns(self, names: Sequence[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
+        """Further columns of some rows, or of all; one that this shard has not is null throughout."""
+        here = self._table("columns").schema.names if "columns" in self._entry else []
+        count = self.rows if rows is None else len(rows)
+        present = [name for name in names if name in here]
+        table = self._take("columns", present, rows) if present else None
+        return pa.table({name: table[name] if table and name in here else pa.nulls(count) for name in names})
+
+    def find(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of `ids` are here: their positions among `ids`, and their rows."""
+        if not len(ids) or ids.max() < self._entry["first_id"] or ids.min() > self._entry["last_id"]:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        rows = np.searchsorted(self.ids, ids)
+        found = np.flatnonzero(self.ids[rows.clip(max=self.rows - 1)] == ids)
+        return found, rows[found]
+
+    def verify(self) -> None:
+        """Open every file, which checks its bytes. Raises Corrupt, NotFound, Unavailable."""
+        for part in ("keys", "columns"):
+            if part in self._entry and len(self._table(part)) != self.rows:
+                raise Corrupt(f"{self._store.uri}/{self._entry[part]['path']} must have {self.rows} rows; restore it")
+        _ = self.codes
+        if (np.diff(self.ids) <= 0).any():
+            raise Corrupt(f"{self._store.uri}/{self._entry['ids']['path']} must hold ascending ids; restore it")
+
+    def _open(self, part: str, mapped: Callable[[Path], Any]) -> Any:
+        with self._lock:
+            if part not in self._opened:
+                self._opened[part] = mapped(local_file(self._store, self._entry[part]))
+            return self._opened[part]
+
+    def _table(self, part: str) -> pa.Table:
+        return self._open(part, lambda path: pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+
+    def _take(self, part: str, names: Sequence[str], rows: NDArray[np.int64] | None) -> pa.Table:
+        table = self._table(part).select(list(names))
+        return table if rows is None else table.take(rows)
+
+    def _map_codes(self, path: Path) -> NDArray[np.uint8]:
+        with path.open("rb") as file:
+            head = file.read(_HEADER.size)
+        width = int.from_bytes(head[8:12], "little")
+        if head != _header(self.rows, width):
+            raise Corrupt(f"{path} must be a faiss IndexBinaryFlat of {self.rows} rows, found a header of {head!r}")
+        return np.asarray(np.memmap(path, np.uint8, "r", offset=_HEADER.size, shape=(self.rows, width)))
+
+    def _map_ids(self, path: Path) -> NDArray[np.int64]:
+        ids = np.asarray(np.load(path, mmap_mode="r"))
+        if ids.dtype != np.int64 or ids.shape != (self.rows,):
+            raise Corrupt(f"{path} must hold {self.rows} int64 ids, found {ids.dtype} {list(ids.shape)}")
+        return ids
+
+
+# Files on this machine
+
+
+_checked: set[tuple[str, int, int, str]] = set()
+
+
+def local_file(store: Store, entry: Mapping[str, Any]) -> Path:
+    """A committed file on this machine's disk, checksummed: the store's own if it is local, else a cached copy.
+
+    Raises Corrupt where the store's bytes are not those that were committed, NotFound, Unavailable.
+    """
+    own: Path | None = store.local_path(entry["path"])
+    if own is not None:
+        if not own.is_file():
+            raise NotFound(f"{store.uri}/{entry['path']} does not exist, but a committed version names it")
+        if not _sound(own, entry):
+            raise Corrupt(f"{own} does not match its checksum {entry['sha256']}; restore it from a backup")
+        return own
+    cached: Path = cache_folder() / entry["sha256"][:2] / entry["sha256"]
+    if cached.is_file() and _sound(cached, entry):
+        return cached
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    fresh = cached.with_name(f"{cached.name}.{uuid4().hex}.part")
+    try:
+        found = _download(store, entry, fresh)
+        if found != entry["sha256"]:
+            raise Corrupt(f"{store.uri}/{entry['path']}: SHA-256 {entry['sha256']} was committed, found {found}")
+        os.replace(fresh, cached)
+    finally:
+        fresh.unlink(missing_ok=True)
+    _checked.add(_mark(cached, entry))
+    return cached
+
+
+def cache_folder() -> Path:
+    """Where copies of remote files are kept: HASHDIST_CACHE, or ~/.cache/hashdist."""
+    return Path(os.environ.get("HASHDIST_CACHE") or Path.home() / ".cache" / "hashdist")
+
+
+def _download(store: Store, entry: Mapping[str, Any], path: Path) -> str:
+    """Fetch a file in parallel ranges; returns the SHA-256 of what came."""
+    digest = hashlib.sha256()
+    ranges = blocks(entry["bytes"], _RANGE_BYTES)
+    with path.open("wb") as file:
+        for data in in_order(lambda span: store.get(entry["path"], span[0], span[1] - span[0]), ranges, _DOWNLOADS):
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
+
+
+def _sound(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a file holds the committed bytes; looked at once a process, and again if the file has changed."""
+    mark = _mark(path, entry)
+    if mark in _checked:
+        return True
+    if mark[1] != entry["bytes"]:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(_HASHED_AT_ONCE):
+            digest.update(data)
+    if digest.hexdigest() != entry["sha256"]:
+        return False
+    _checked.add(mark)
+    return True
+
+
+def _mark(path: Path, entry: Mapping[str, Any]) -> tuple[str, int, int, str]:
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns, entry["sha256"]
+
+
+def _chunked(keys: Sequence[str] | pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    return keys if isinstance(keys, pa.ChunkedArray | pa.Array) else pa.array(keys, pa.large_string())
+
+
+def _npy(ids: NDArray[np.int64]) -> bytes:
+    sink = io.BytesIO()
+    np.save(sink, ids)
+    return sink.getvalue()
+
+
+def _ipc(table: pa.Table) -> memoryview:
+    """One record batch, so that taking rows reads only these."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        for batch in table.combine_chunks().to_batches():
+            writer.write_batch(batch)
+    return memoryview(sink.getvalue())

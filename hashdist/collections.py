@@ -444,13 +444,43 @@ class Collection:
         Raises InvalidInput where a parquet file or tar is not the one that was listed; a single image that is gone
         or changed comes without data, with the reason.
         """
-        rows = self.table(part)
+        yield from self._images(self.table(part))
+
+    def fetch(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """Encoded bytes of some images by key, for showing them; cost: a few requests for each image.
+
+        Keys that the collection does not have, and images that cannot be read, are left out. Raises as `read`.
+        """
+        found: dict[str, bytes] = {}
+        for rows in self._rows_of(list(keys)):
+            found.update({image.key: image.data for image in self._images(rows) if image.data is not None})
+        return found
+
+    def _rows_of(self, keys: list[str]) -> Iterator[pa.Table]:
+        """Rows of the keys, by source; looked up in the listing by id, so a few of its files are read."""
+        manifest = self.artefact.manifest()
+        ids = image_ids(keys, self._salts)
+        for prefix in np.unique(ids >> (_ID_BITS - manifest["prefix_bits"])):
+            listed = read_table(self.artefact.store, manifest["files"][prefix])
+            listed = listed.filter(pc.is_in(listed["id"], pa.array(ids)))
+            if self._reader.format == "folder":
+                yield listed
+                continue
+            sources = set(listed["source"].to_pylist())
+            for unit in self._units:
+                if unit["source"] in sources:
+                    yield self._among(unit, listed["id"])
+
+    def _among(self, unit: Mapping[str, Any], ids: pa.ChunkedArray) -> pa.Table:
+        rows = salted(read_table(self.artefact.store, unit["file"]), self._salts)
+        return rows.filter(pc.is_in(rows["id"], ids.combine_chunks()))
+
+    def _images(self, rows: pa.Table) -> Iterator[Image]:
         present = pc.equal(rows["status"], OK)
         data = self._reader.read(rows.filter(present))
         columns = (rows[name].to_pylist() for name in ("id", "key", "digest", "labels", "reason"))
-        for (id_, key, digest, labels, reason), there in zip(
-            zip(*columns, strict=True), present.to_pylist(), strict=True
-        ):
+        for row, there in zip(zip(*columns, strict=True), present.to_pylist(), strict=True):
+            id_, key, digest, labels, reason = row
             image = next(data) if there else Lost(reason)
             if isinstance(image, bytes) and self._reader.format == "folder" and content_digest(image) != digest:
                 image = Lost("changed: its bytes are not those that were listed; list the collection again")
@@ -459,26 +489,9 @@ class Collection:
             else:
                 yield Image(id_, key, digest, labels, image, None)
 
-    def fetch(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The encoded images of a few keys, for showing them; keys that are not there, or unreadable, are left out."""
-        wanted = pa.array(sorted(set(keys)), pa.string())
-        found: dict[str, bytes] = {}
-        for unit in self._units:
-            if len(found) == len(wanted):
-                break
-            here = read_table(self.artefact.store, unit["file"], ["key"])
-            if not pc.any(pc.is_in(here["key"], wanted)).as_py():
-                continue
-            rows = read_table(self.artefact.store, unit["file"])
-            rows = rows.filter(pc.and_(pc.is_in(rows["key"], wanted), pc.equal(rows["status"], OK)))
-            for key, data in zip(rows["key"].to_pylist(), self._reader.read(rows), strict=True):
-                if isinstance(data, bytes):
-                    found[key] = data
-        return found
-
 
 def open_collection(uri: str) -> Collection:
-    """A committed collection. Raises NotFound, or InvalidInput for an artefact of another kind."""
+    """A committed collection by its URI. Raises NotFound, InvalidInput."""
     return Collection(open_artefact(uri, KIND))
 
 

@@ -208,6 +208,22 @@ def test_duplicate_keys_are_refused(form: str, images: dict[str, tuple[bytes, st
         commit(str(tmp_path / "root"), CollectionSettings(uri=str(base), part_rows=4))
 
 
+def test_single_images_are_fetched_by_key(
+    form: str, images: dict[str, tuple[bytes, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tested, "PARTITION_ROWS", 4)
+    uri = WRITERS[form](tmp_path / "in", images)
+    target = commit(str(tmp_path / "root"), CollectionSettings(uri=uri, part_rows=4))
+    collection = tested.open_collection(target.uri)
+    wanted = {expected_key(form, key, label): data for key, (data, label) in list(images.items())[3:20:5]}
+    assert collection.fetch(wanted) == wanted
+    assert collection.fetch([*wanted, "no such key"]) == wanted
+    assert collection.fetch([]) == {}
+    if form == "folder":
+        (tmp_path / "in" / next(iter(wanted))).unlink()
+        assert collection.fetch(wanted) == dict(list(wanted.items())[1:])
+
+
 def test_subset_holds_exactly_the_images_asked_for(
     form: str, images: dict[str, tuple[bytes, str]], tmp_path: Path
 ) -> None:

@@ -122,12 +122,14 @@ class FaultyProxy:
     """An HTTP server in front of an S3 server, on the loopback; conditional PUTs go wrong as a script says.
 
     Fates: "ok"; "cut" (carried out, the connection closed without an answer); "twice"; "409"; "503" (not carried
-    out); "503-after" (carried out, then 503); "ignore" (the condition is dropped on its way).
+    out); "503-after" (carried out, then 503); "ignore" (the condition is dropped on its way). The next `cut_gets`
+    answers to GETs break off in the middle.
     """
 
     def __init__(self, upstream: str, fates: list[str] | None = None) -> None:
         self.fates = fates or []
         self.always = "ok"
+        self.cut_gets = 0
         self.conditional_puts = 0
         address = urlsplit(upstream).netloc
 
@@ -173,7 +175,11 @@ class FaultyProxy:
             headers = {name: value for name, value in headers.items() if name != "If-None-Match"}
         for _ in range(2 if fate == "twice" else 1):
             answer = self._forward(request, address, headers, body)
-        if fate == "cut":
+        if request.command == "GET" and self.cut_gets and len(answer[2]) > 1:
+            self.cut_gets -= 1
+            request.close_connection = True
+            self._answer(request, *answer, cut=True)
+        elif fate == "cut":
             request.close_connection = True
         elif fate == "503-after":
             self._answer(request, 503, {}, b"<Error><Code>ServiceUnavailable</Code></Error>")
@@ -193,7 +199,9 @@ class FaultyProxy:
             connection.close()
 
     @staticmethod
-    def _answer(request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes) -> None:
+    def _answer(
+        request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes, cut: bool = False
+    ) -> None:
         dropped = {"connection", "transfer-encoding", "date", "server"}
         request.send_response(status)
         for name, value in headers.items():
@@ -203,4 +211,4 @@ class FaultyProxy:
             request.send_header("Content-Length", str(len(body)))
         request.end_headers()
         if request.command != "HEAD":
-            request.wfile.write(body)
+            request.wfile.write(body[: len(body) // 2] if cut else body)

@@ -22,6 +22,8 @@ from hashdist.settings import Settings
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, open_artefact
 
+__all__ = ["KIND", "REVISION", "Scan", "run", "snapshot"]
+
 
 def snapshot(settings: Settings) -> Artefact:
     """The artefact of the collection as it is now. Lists names; reads no image.

@@ -78,11 +78,16 @@ class S3Store(Store):
         span: dict[str, Any] = {}
         if start or length is not None:
             span["Range"] = f"bytes={start}-" + ("" if length is None else str(start + length - 1))
-        try:
-            with _errors(f"{self.uri}/{name}", writes=False):
-                return _client().get_object(Bucket=self._bucket, Key=self._key(name), **span)["Body"].read()
-        except _PastTheEnd:
-            return b""
+        for attempt in range(_ATTEMPTS):
+            try:
+                with _errors(f"{self.uri}/{name}", writes=False):
+                    return _client().get_object(Bucket=self._bucket, Key=self._key(name), **span)["Body"].read()
+            except _PastTheEnd:
+                break
+            except _CutShort:  # botocore repeats requests, but not the reading of an answer that has begun
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        return b""
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """See Store."""
@@ -186,6 +191,10 @@ def _filesystem(pid: int, environment: tuple[str | None, ...]) -> pyarrow.fs.S3F
     return pyarrow.fs.S3FileSystem(**options, connect_timeout=5, request_timeout=60)
 
 
+class _CutShort(Unavailable):
+    """The connection broke in the middle of an object."""
+
+
 class _PastTheEnd(HashdistError):
     """A range begins at or behind the object's end."""
 
@@ -212,7 +221,9 @@ def _errors(what: str, *, writes: bool) -> Iterator[None]:
         raise Unavailable(
             f"{what}: the S3 endpoint cannot be reached: {error}; check AWS_ENDPOINT_URL and the network"
         ) from error
-    except (boto.HTTPClientError, boto.ResponseStreamingError, boto.IncompleteReadError) as error:
+    except (boto.ResponseStreamingError, boto.IncompleteReadError) as error:
+        raise _CutShort(f"{what}: the connection to S3 broke in the middle of the object: {error}") from error
+    except boto.HTTPClientError as error:
         kind = OutcomeUnknown if writes else Unavailable
         raise kind(f"{what}: the connection to S3 broke before the answer was complete: {error}") from error
     except boto.BotoCoreError as error:

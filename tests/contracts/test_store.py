@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.fs
 import pytest
+from faults import FaultyProxy
 
 from hashdist.errors import AlreadyExists, HashdistError, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from hashdist.store import Store, open_store
@@ -380,6 +381,21 @@ def test_a_server_that_is_away(s3_endpoint: str, hurried: None, monkeypatch: pyt
     monkeypatch.setenv("AWS_ENDPOINT_URL", "not a url")
     with pytest.raises(InvalidInput, match="AWS_ENDPOINT_URL must read"):
         open_store("s3://hashdist/x").get("a")
+
+
+def test_an_answer_cut_short_is_asked_for_again(
+    bucket: Store, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(300_000)
+    bucket.put("a", data)
+    with FaultyProxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        proxy.cut_gets = 3
+        assert bucket.get("a", 5) == data[5:]
+        assert proxy.cut_gets == 0
+        proxy.cut_gets = 99
+        with pytest.raises(Unavailable, match="broke in the middle of the object"):
+            bucket.get("a")
 
 
 @pytest.mark.parametrize(

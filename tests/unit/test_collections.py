@@ -523,3 +523,20 @@ def test_on_s3_as_on_disk(form: str, images: dict[str, tuple[bytes, str]], tmp_p
     target = commit(f"{base}/root", CollectionSettings(uri=there.uri, part_rows=4))
     assert target.manifest()["content_digest"] == here.manifest()["content_digest"]
     assert everything(Collection(target)) == everything(Collection(here))
+
+
+# Real images
+
+
+def test_real_parquet_files(shared_data: Path, tmp_path: Path) -> None:
+    uri = str(shared_data / "cifar10_jpg_test.parquet")
+    target = commit(str(tmp_path / "root"), CollectionSettings(uri=uri))
+    manifest = target.manifest()
+    assert (manifest["rows"], manifest["failed"], len(manifest["classes"])) == (10_000, 0, 10)
+    assert manifest["classes"][3] == "cat"
+    table = pq.read_table(uri)
+    rows = {image.key: image for image in Collection(target).read(3)}
+    assert len(rows) == 2048
+    for key, data, label in zip(*(table[name].to_pylist() for name in ("id", "image", "label")), strict=True):
+        if key in rows:
+            assert (rows[key].data, rows[key].labels) == (data, [label])

@@ -401,9 +401,12 @@ def _tile_statistics(s_MN, gap_MN, threshold, first_row, first_column, totals): 
     """Pairs of a tile above the diagonal with gap >= threshold; a row's squares fit int64 up to 2^17 columns."""
     for i in range(s_MN.shape[0]):
         count, total, squares = np.int64(0), np.int64(0), np.int64(0)
-        for j in range(max(0, first_row + i + 1 - first_column), s_MN.shape[1]):
-            positive = gap_MN[i, j] >= threshold
-            s = np.int64(np.int32(s_MN[i, j])) if positive else np.int64(0)
+        # slices, so that the loop starts at 0 and the compiler sees that no index wraps around
+        first = min(max(0, first_row + i + 1 - first_column), s_MN.shape[1])
+        s_N, gap_N = s_MN[i, first:], gap_MN[i, first:]
+        for j in range(len(s_N)):
+            positive = gap_N[j] >= threshold
+            s = np.int64(np.int32(s_N[j])) if positive else np.int64(0)
             count += np.int64(positive)
             total += s
             squares += s * s

@@ -122,6 +122,35 @@ def run_parts(
                 progress.step()
 
 
+def run_tasks(
+    work: Callable[[Any], Any], items: Sequence[Any], *, label: str, at_once: int, num_cpus: float = 1
+) -> Iterator[tuple[int, Any]]:
+    """Run `work(item)` as Ray tasks, at most `at_once` together; yields (number of the item, result) as they end.
+
+    For work that leaves nothing behind or writes under names of its own: a task whose worker dies is run again.
+    """
+    task = ray.remote(_run_task).options(num_cpus=num_cpus, max_retries=4)
+    shared = ray.put(work)
+    running: dict[Any, int] = {}
+    queue = iter(enumerate(items))
+    with Progress(label, len(items)) as progress:
+        while True:
+            while len(running) < at_once and (entry := next(queue, None)) is not None:
+                running[task.remote(shared, entry[1])] = entry[0]
+            if not running:
+                return
+            ready, _ = ray.wait(list(running), num_returns=1)
+            for reference in ready:
+                number = running.pop(reference)
+                yield number, ray.get(reference)
+                progress.step()
+
+
+def _run_task(work: Callable[[Any], Any], item: Any) -> Any:
+    telemetry.set_sink(RaySink())
+    return work(item)
+
+
 def _run_part(artefact: Artefact, part: int, work: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
     telemetry.set_sink(RaySink())
     started = time.perf_counter()

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hashdist.errors import InvalidInput
@@ -46,8 +47,8 @@ def label_masks(
     Raises InvalidInput for a label outside [0, classes).
     """
     column = labels if isinstance(labels, pa.Array | pa.ChunkedArray) else pa.array(labels, pa.list_(pa.int32()))
-    parents = pa.compute.list_parent_indices(column).to_numpy(zero_copy_only=False).astype(np.int64)
-    flat = pa.compute.list_flatten(column).to_numpy(zero_copy_only=False).astype(np.int64)
+    parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False).astype(np.int64)
+    flat = pc.list_flatten(column).to_numpy(zero_copy_only=False).astype(np.int64)
     if len(flat) and (flat.min() < 0 or flat.max() >= classes):
         raise InvalidInput(f"labels must lie in [0, {classes}), found {flat.min()} to {flat.max()}")
     masks = np.zeros((len(column), max(1, -(-classes // 64))), np.uint64)

@@ -31,7 +31,7 @@ from hashdist.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotF
 from hashdist.ids import image_id
 from hashdist.order import blocks
 from hashdist.shards import Rows, Shard, local_file, write_ids, write_shard
-from hashdist.store import open_store
+from hashdist.store import Store, open_store
 from hashdist.store.commit import CommitLost, Log, Version, open_artefact
 
 OnExisting = Literal["error", "replace", "skip"]
@@ -177,6 +177,11 @@ class Index:
     def uri(self) -> str:
         """Where it lives."""
         return self._log.uri
+
+    @property
+    def store(self) -> Store:
+        """The folder it lives in."""
+        return self._log.store
 
     @property
     def version(self) -> int:
@@ -352,6 +357,7 @@ class Index:
         self,
         shards: Sequence[Mapping[str, Any]],
         *,
+        bits: int,
         salts: Mapping[str, int],
         model: str,
         model_uri: str,
@@ -361,6 +367,7 @@ class Index:
 
         Args:
             shards: entries of `write_shard`; the caller answers for distinct ids.
+            bits: code length; may be another than before.
             salts: the keys whose id needed a salt.
             model: digest of the model that made the codes.
             model_uri: where it is committed.
@@ -376,7 +383,7 @@ class Index:
             "salts": dict(salts),
             "rows": sum(shard["rows"] for shard in shards),
         }
-        fixed = {"kind": "index", "operation": "build", "bits": self.bits, "bit_order": BIT_ORDER}
+        fixed = {"kind": "index", "operation": "build", "bits": check_bits(bits), "bit_order": BIT_ORDER}
         record = {**lineage, **fixed, **content, "model": model, "model_uri": model_uri}
         version = self._log.commit(record, number - 1)
         self._advance(_View(self._log, version, self._view))

@@ -1,0 +1,333 @@
+"""Stage: how well codes find what they should. Exact at any size of the database.
+
+Ray tasks go over runs of parts. Each returns, per query, the histogram of (all, relevant) over the distances and its
+first R results; histograms add up and result lists are merged, so nothing of the size of the database travels. From
+them come the metrics of hashdist/ranking.py: by ranked list in (distance, id) order, tie-expected, and by radius.
+Where there are features, recall@k against the exact cosine neighbours is measured too, which needs no labels; and
+the shallow methods, fitted on the same features of the same training images, stand beside the codes.
+"""
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from hashdist import bits, distributed, neighbours, ranking, scan
+from hashdist.errors import InvalidInput, NotFound
+from hashdist.methods import itq, lsh
+from hashdist.order import runs
+from hashdist.progress import say
+from hashdist.protocols import split
+from hashdist.schema import OK, from_vectors
+from hashdist.settings import Settings
+from hashdist.snapshots import read_vectors
+from hashdist.store.commit import Artefact, open_artefact, read_file, read_table
+
+BASELINES: dict[str, Any] = {"itq": itq, "lsh": lsh}
+"""Shallow methods by name: fit(features [N, D], bits, seed) gives an encoder of features."""
+
+_ROWS_PER_TASK = 250_000
+_HALF = np.int64(1) << np.int64(62)
+
+Ids = NDArray[np.int64]
+Encoder = Callable[[NDArray[np.floating]], NDArray[np.float32]]
+
+
+def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -> dict[str, Any]:
+    """Measure committed codes. Needs an open Ray session; commits nothing.
+
+    Args:
+        settings: the protocol, its cuts, and the baselines to stand beside the codes.
+        codes: committed codes.
+        features: the features they were made from; without them no label-free recall and no baselines.
+
+    Returns:
+        stage, protocol, queries, database, bits, metrics (of the codes), by_method (metrics of the codes and of each
+        baseline), curves (precision and recall by radius), without_relevant (queries that no image is relevant to),
+        seconds.
+
+    Raises:
+        InvalidInput: an unknown protocol or baseline, baselines without features, nothing to measure, or queries
+            that the model was trained on.
+    """
+    started = time.perf_counter()
+    wanted = settings.evaluate
+    unknown = sorted(set(wanted.baselines) - set(BASELINES))
+    if unknown:
+        raise InvalidInput(f"baselines must be among {', '.join(BASELINES)}, found {', '.join(unknown)}")
+    if wanted.baselines and features is None:
+        raise InvalidInput("baselines are fitted on features, and there are none; leave them out, or give the features")
+    task = _plan(settings, codes)
+    if not task.classes and features is None:
+        raise InvalidInput(f"{codes.uri} has no labels, so features are needed to measure recall; found neither")
+    exact = _exact_neighbours(task, features, wanted.recall_at) if features is not None else None
+    name, trained_on = _model_of(codes, settings, task)
+    outcomes = {name: _measure(task, _codes(codes))}
+    for baseline in wanted.baselines:
+        assert features is not None
+        training = _vectors(features, "feature", trained_on).astype(np.float32)
+        encoder = BASELINES[baseline].fit(training, codes.manifest()["bits"], settings.train.seed)
+        outcomes[baseline] = _measure(task, _encoded(features, encoder))
+    by_method = {method: _metrics(settings, task, outcome, exact) for method, outcome in outcomes.items()}
+    result = {
+        "stage": "evaluate",
+        "snapshot": codes.uri,
+        "protocol": wanted.protocol,
+        "queries": len(task.queries),
+        "database": task.database_size,
+        "bits": codes.manifest()["bits"],
+        "metrics": by_method[name],
+        "by_method": by_method,
+        "skipped": False,
+        "seconds": time.perf_counter() - started,
+    }
+    if task.classes:
+        histograms = outcomes[name].histograms
+        result["without_relevant"] = int((histograms[:, 1].sum(1) == 0).sum())
+        result["curves"] = {method: ranking.by_radius(outcome.histograms) for method, outcome in outcomes.items()}
+    say(f"evaluate: {len(task.queries)} queries, {task.database_size} images: {_line(by_method)}")
+    return result
+
+
+def _line(by_method: dict[str, dict[str, float]]) -> str:
+    first = next(iter(next(iter(by_method.values()))))
+    return f"{first}: " + "  ".join(f"{name} {metrics[first]:.4f}" for name, metrics in by_method.items())
+
+
+# What is asked
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method is measured on.
+
+    Attributes:
+        queries: ids, ascending.
+        masks: label masks of the queries, uint64 [Q, M].
+        database: ids, ascending; None = every image with a code.
+        database_size: how many these are.
+        classes: number of labels; 0 = there are none.
+        depth: places of the ranked lists that are needed.
+        own: whether queries are in the database, where each is left out of its own results.
+    """
+
+    queries: Ids
+    masks: NDArray[np.uint64]
+    database: Ids | None
+    database_size: int
+    classes: int
+    depth: int
+    own: bool
+
+
+def _plan(settings: Settings, codes: Artefact) -> Task:
+    wanted = settings.evaluate
+    rows = _labelled_ids(codes)
+    highest = pc.max(pc.list_flatten(rows["labels"])).as_py()
+    classes = 0 if highest is None else highest + 1
+    ids = rows["id"].to_numpy()
+    database = None
+    if wanted.protocol:
+        parts = split(wanted.protocol, ids, rows["labels"].to_pylist(), wanted.protocol_seed)
+        queries, database = np.sort(parts.query), np.sort(parts.database)
+    else:
+        queries = ids[: wanted.queries]
+    if not len(queries):
+        raise InvalidInput(f"at least one query is needed, found {len(ids)} images with codes in {codes.uri}")
+    masks = ranking.label_masks(rows["labels"].take(np.searchsorted(ids, queries)), max(classes, 1))
+    own = bool(np.isin(queries, database).any()) if database is not None else True
+    size = len(ids) if database is None else len(database)
+    depth = max(wanted.cut, wanted.precision_at, wanted.recall_at) + own
+    return Task(queries, masks, database, size, classes, min(depth, size), own)
+
+
+def _labelled_ids(codes: Artefact) -> pa.Table:
+    """Ids and labels of the images that have a code, by id."""
+    rows = read_vectors(codes, ["id", "labels", "status"])
+    return rows.filter(pc.equal(rows["status"], OK)).select(["id", "labels"]).combine_chunks()
+
+
+def _model_of(codes: Artefact, settings: Settings, task: Task) -> tuple[str, Ids]:
+    """Name of the method that made the codes, and the images it was trained on.
+
+    Raises InvalidInput if queries of a protocol are among them.
+    """
+    try:
+        model = open_artefact(codes.manifest()["model"], "models").manifest()
+        graph = open_artefact(model["inputs"]["graphs"]["uri"], "graphs")
+    except (NotFound, KeyError):  # a model that something else made: the first images stand in for its training set
+        return "codes", _labelled_ids(codes)["id"].to_numpy()[: settings.graph.train_sample]
+    trained_on = np.load(io.BytesIO(read_file(graph.store, graph.manifest()["files"]["ids"])))
+    shared = len(np.intersect1d(trained_on, task.queries))
+    if shared and settings.evaluate.protocol:
+        raise InvalidInput(
+            f"the queries of protocol {settings.evaluate.protocol} must not be trained on, but the model was trained "
+            f"on {shared} of them; train with --graph.protocol {settings.evaluate.protocol}"
+        )
+    return str(model["method"]), trained_on
+
+
+# Where codes come from
+
+
+class Source(NamedTuple):
+    """Codes by parts: those committed, or those that an encoder makes of committed features."""
+
+    artefact: Artefact
+    column: str
+    encoder: Encoder | None
+
+    def to_codes(self, table: pa.Table) -> NDArray[np.uint8]:
+        """The codes of a table of vectors."""
+        vectors: NDArray[Any] = from_vectors(table[self.column], table.schema)
+        return np.asarray(vectors, np.uint8) if self.encoder is None else bits.pack(self.encoder(vectors))
+
+
+def _codes(codes: Artefact) -> Source:
+    return Source(codes, "code", None)
+
+
+def _encoded(features: Artefact, encoder: Encoder) -> Source:
+    return Source(features, "feature", encoder)
+
+
+def _vectors(artefact: Artefact, column: str, ids: Ids) -> NDArray[Any]:
+    table = read_vectors(artefact, [column], np.sort(ids))
+    return from_vectors(table[column], table.schema)
+
+
+def _spans(artefact: Artefact) -> list[list[dict[str, Any]]]:
+    files = artefact.manifest()["files"]
+    rows = [file["rows"] for file in files]
+    most = min(_ROWS_PER_TASK, -(-sum(rows) // distributed.cpus()))
+    return [files[start:stop] for start, stop in runs(rows, most)]
+
+
+def _rows(artefact: Artefact, files: Sequence[dict[str, Any]], columns: list[str], database: Ids | None) -> pa.Table:
+    """The rows of some parts that have a vector and are in the database, by id."""
+    table = pa.concat_tables(read_table(artefact.store, file, ["id", "status", *columns]) for file in files)
+    keep = np.asarray(table["status"].to_numpy() == OK)
+    if database is not None:
+        keep &= np.isin(table["id"].to_numpy(), database, assume_unique=True)
+    rows = np.flatnonzero(keep)
+    return table.take(rows[np.argsort(table["id"].to_numpy()[rows], kind="stable")])
+
+
+# Measuring
+
+
+class Outcome(NamedTuple):
+    """What the parts of a database add up to.
+
+    Attributes:
+        histograms: int64 [Q, 2, L + 1].
+        relevant: bool [Q, depth], in (distance, id) order.
+        ids: int64 [Q, depth].
+    """
+
+    histograms: NDArray[np.int64]
+    relevant: NDArray[np.bool_]
+    ids: Ids
+
+
+def _measure(task: Task, source: Source) -> Outcome:
+    """Histograms and first results of all queries over the database."""
+    table = read_vectors(source.artefact, [source.column], task.queries)
+    queries_QW = source.to_codes(table)
+    histograms = np.zeros((len(queries_QW), 2, 8 * queries_QW.shape[1] + 1), np.int64)
+    best: scan.Nearest | None = None
+    work = partial(_part, task, source, queries_QW)
+    for _, (counts, found) in distributed.run_tasks(
+        work, _spans(source.artefact), label="evaluate", at_once=distributed.cpus()
+    ):
+        histograms += counts
+        found = scan.Nearest(*map(np.array, found))  # what Ray hands over is read-only
+        best = found if best is None else scan.merge(best, found, task.depth)
+    if best is None or (best.counts_Q != task.depth).any():
+        raise InvalidInput(f"{task.database_size} images with codes are needed; {source.artefact.uri} has fewer")
+    ids, relevant = _unpacked(best.rows_QK)
+    return _without_own(task, Outcome(histograms, relevant, ids)) if task.own else Outcome(histograms, relevant, ids)
+
+
+def _part(
+    task: Task, source: Source, queries_QW: NDArray[np.uint8], files: list[dict[str, Any]]
+) -> tuple[NDArray[np.int64], scan.Nearest]:
+    """Work of one task: some parts of the database against all queries."""
+    table = _rows(source.artefact, files, ["labels", source.column], task.database)
+    codes_NW, ids = source.to_codes(table), table["id"].to_numpy()
+    masks = ranking.label_masks(table["labels"], max(task.classes, 1))
+    histograms = scan.histograms(codes_NW, queries_QW, masks, task.masks, threads=1)
+    found = scan.nearest(codes_NW, queries_QW, task.depth, threads=1)
+    if not len(ids):
+        return histograms, found
+    rows = found.rows_QK.clip(min=0)
+    relevant = (masks[rows] & task.masks[:, None]).any(2)
+    return histograms, found._replace(rows_QK=_packed(ids[rows], relevant))
+
+
+def _packed(ids: Ids, relevant: NDArray[np.bool_]) -> Ids:
+    """Id and relevance in one int64 that is ordered as the id is: lists are merged without a second column."""
+    packed: Ids = ((ids - _HALF) << np.int64(1)) | relevant
+    return packed
+
+
+def _unpacked(packed: Ids) -> tuple[Ids, NDArray[np.bool_]]:
+    return (packed >> np.int64(1)) + _HALF, (packed & 1).astype(np.bool_)
+
+
+def _without_own(task: Task, outcome: Outcome) -> Outcome:
+    """Leave each query that is in the database out of its own results."""
+    inside = np.ones(len(task.queries), np.bool_) if task.database is None else np.isin(task.queries, task.database)
+    histograms = outcome.histograms.copy()
+    histograms[inside, 0, 0] -= 1
+    histograms[inside & (task.masks != 0).any(1), 1, 0] -= 1
+    keep = outcome.ids != np.where(inside, task.queries, -1)[:, None]
+    keep[keep.all(1), -1] = False  # its own place is beyond the list, or it is not in the database
+    shape = (len(keep), keep.shape[1] - 1)
+    return Outcome(histograms, outcome.relevant[keep].reshape(shape), outcome.ids[keep].reshape(shape))
+
+
+def _metrics(settings: Settings, task: Task, outcome: Outcome, exact: Ids | None) -> dict[str, float]:
+    wanted = settings.evaluate
+    metrics = {}
+    if task.classes:
+        metrics = ranking.summary(outcome.histograms, outcome.relevant, wanted.cut, wanted.precision_at)
+    if exact is not None:
+        metrics[f"recall@{wanted.recall_at}"] = float(ranking.recall_at(outcome.ids[:, : exact.shape[1]], exact).mean())
+    return metrics
+
+
+# Exact neighbours in feature space
+
+
+def _exact_neighbours(task: Task, features: Artefact, k: int) -> Ids:
+    """Ids of the k images nearest to each query by cosine, itself left out: int64 [Q, k'], by (cosine, id)."""
+    queries_QD = _vectors(features, "feature", task.queries)
+    work = partial(_nearest_features, task, features, queries_QD, k + task.own)
+    parts = distributed.run_tasks(work, _spans(features), label="exact neighbours", at_once=distributed.cpus())
+    scores, ids = (np.concatenate(column, axis=1) for column in zip(*(found for _, found in parts), strict=True))
+    order = np.lexsort((ids, -scores), axis=1)
+    ranked = np.take_along_axis(ids, order, axis=1)
+    others = [row[row != query] for row, query in zip(ranked, task.queries, strict=True)]
+    return np.stack([row[: min(k, task.database_size - task.own)] for row in others])
+
+
+def _nearest_features(
+    task: Task, features: Artefact, queries_QD: NDArray[Any], k: int, files: list[dict[str, Any]]
+) -> tuple[NDArray[np.float64], Ids]:
+    """Cosines and ids of the k nearest images of some parts."""
+    table = _rows(features, files, ["feature"], task.database)
+    base_ND: NDArray[Any] = from_vectors(table["feature"], table.schema)
+    k = min(k, len(base_ND))
+    if not k:
+        return np.empty((len(queries_QD), 0)), np.empty((len(queries_QD), 0), np.int64)
+    rows_QK = neighbours.nearest(queries_QD, base_ND, k, threads=1)
+    scores = neighbours.similarity(np.repeat(queries_QD, k, axis=0), base_ND[rows_QK.ravel()])
+    return scores.reshape(rows_QK.shape), table["id"].to_numpy()[rows_QK]

@@ -1,0 +1,155 @@
+"""Stage: build the sharded index from committed codes; one Ray task writes one shard, the driver commits one version.
+
+A shard takes a run of parts, so every part is read once and no rows travel between tasks; its rows are sorted by id.
+A version remembers the codes it was built from, and changes by `append` or `reindex` keep that memory: building from
+the same codes again finds nothing to do. Other codes replace all content in one commit, on which searches move over.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hashdist import distributed
+from hashdist.errors import AlreadyExists, Conflict, InvalidInput, NotFound
+from hashdist.ids import image_id
+from hashdist.order import runs
+from hashdist.progress import say
+from hashdist.schema import OK, from_vectors
+from hashdist.searcher import Index, create_index, open_index
+from hashdist.settings import Settings
+from hashdist.shards import Rows, Shard, write_shard
+from hashdist.store.commit import Artefact, Log, open_artefact, read_table
+
+COLUMNS = ["digest", "labels"]
+"""What a shard keeps beside codes, ids and keys: what re-indexing compares, and what evaluation needs."""
+
+_MOST_SALTS = 1000
+
+
+def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
+    """Commit a version that holds exactly these codes, unless the newest was built from them.
+
+    Rows without a code (unreadable images) are counted, not indexed. Needs an open Ray session.
+
+    Returns: stage, snapshot (the index), version, rows, failed, shards, seconds, skipped.
+    """
+    started = time.perf_counter()
+    manifest = codes.manifest()
+    index = _open_or_create(settings.index.location(settings.root), manifest["bits"])
+    if index.manifest.get("built_from") == codes.name:
+        return _result(index, started, skipped=True)
+    files = manifest["files"]
+    spans = runs([file["rows"] for file in files], settings.index.shard_rows)
+    parts = [files[start:stop] for start, stop in spans]
+    task = _WriteShard(codes, Log(index.store))
+    done = dict(distributed.run_tasks(task, parts, label="index", at_once=distributed.cpus()))
+    written = [done[number] for number in range(len(parts)) if done[number] is not None]
+    shards = [shard for shard, _ in written]
+    _require_distinct(index, shards)
+    try:
+        index.publish(
+            shards,
+            bits=manifest["bits"],
+            salts={key: salt for _, salts in written for key, salt in salts.items()},
+            model=manifest["model_digest"],
+            model_uri=manifest["model"],
+            lineage=_lineage(settings, codes),
+        )
+    except Conflict:
+        index = open_index(index.uri)
+        if index.manifest.get("built_from") != codes.name:
+            raise
+    return _result(index, started, skipped=False)
+
+
+def _open_or_create(uri: str, bits: int) -> Index:
+    try:
+        return open_index(uri)
+    except NotFound:
+        with suppress(AlreadyExists):
+            return create_index(uri, bits)
+        return open_index(uri)
+
+
+@dataclass(frozen=True)
+class _WriteShard:
+    """Work of one task: a run of parts as one shard."""
+
+    codes: Artefact
+    log: Log
+
+    def __call__(self, files: list[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, int]] | None:
+        """Entry of the shard, and the salts > 0 of its keys; None where no row has a code."""
+        tables = [read_table(self.codes.store, file, ["id", "key", *COLUMNS, "status", "code"]) for file in files]
+        table = pa.concat_tables(tables)
+        table = table.filter(pc.equal(table["status"], OK))
+        if not len(table):
+            return None
+        vectors = np.asarray(from_vectors(table["code"], table.schema), np.uint8)
+        rows = Rows(table["id"].to_numpy(), vectors, table["key"], table.select(COLUMNS))
+        shard = write_shard(self.log.store, lambda suffix: self.log.new_name("shards", suffix), rows)
+        return shard, salts_of(table["key"].to_pylist(), table["id"].to_pylist())
+
+
+def salts_of(keys: Sequence[str], ids: Sequence[int]) -> dict[str, int]:
+    """The salts > 0 by which these ids were made of these keys. Raises InvalidInput for an id that was not."""
+    salts = {}
+    for key, id_ in zip(keys, ids, strict=True):
+        if image_id(key) != id_:
+            found = next((salt for salt in range(1, _MOST_SALTS) if image_id(key, salt) == id_), None)
+            if found is None:
+                raise InvalidInput(f"the id of {key!r} must be made from its key (hashdist/ids.py), found {id_}")
+            salts[key] = found
+    return salts
+
+
+def _require_distinct(index: Index, shards: Sequence[Mapping[str, Any]]) -> None:
+    """Within a shard ids are ascending; across shards this looks at all ids once."""
+    if len(shards) > 1:
+        ids = np.sort(np.concatenate([Shard(index.store, shard).ids for shard in shards]))
+        twice = int((ids[1:] == ids[:-1]).sum())
+        if twice:
+            raise InvalidInput(f"every image must have its own key, found {twice} ids in two parts; encode again")
+
+
+def _lineage(settings: Settings, codes: Artefact) -> dict[str, Any]:
+    manifest = codes.manifest()
+    return {
+        "inputs": {"codes": {"uri": codes.uri, "digest": codes.name}},
+        "settings": {"shard_rows": settings.index.shard_rows},
+        "built_from": codes.name,
+        "collection": _collection(manifest["inputs"]),
+        "failed": manifest["failed"],
+    }
+
+
+def _collection(inputs: Mapping[str, Mapping[str, str]]) -> str | None:
+    """The collection that codes were made from: directly, or through features; the user's own features have none."""
+    if "collections" in inputs:
+        return inputs["collections"]["uri"]
+    if "features" in inputs:
+        collection: str | None = open_artefact(inputs["features"]["uri"], "features").manifest().get("collection")
+        return collection
+    return None
+
+
+def _result(index: Index, started: float, *, skipped: bool) -> dict[str, Any]:
+    failed = index.manifest.get("failed", 0)
+    if failed and not skipped:
+        say(f"index: {failed} images have no code and are not in the index; their reasons are in the codes")
+    return {
+        "stage": "index",
+        "snapshot": index.uri,
+        "version": index.version,
+        "rows": index.rows,
+        "failed": failed,
+        "shards": len(index.manifest["shards"]),
+        "seconds": time.perf_counter() - started,
+        "skipped": skipped,
+    }

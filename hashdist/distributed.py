@@ -6,10 +6,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.util import metrics as ray_metrics
 
 from hashdist import telemetry
@@ -67,8 +69,8 @@ def session(settings: ClusterSettings) -> Iterator[None]:
 
 
 def _worker_environment() -> dict[str, str]:
-    """Variables that workers need wherever they run: this package when it runs from a checkout, and the store's settings."""
-    passed = {k: v for k, v in os.environ.items() if k.startswith("AWS_") or k.startswith("HASHDIST_")}
+    """What workers need wherever they run: the store's settings, and this package where it runs from a checkout."""
+    passed = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "HASHDIST_"))}
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / "pyproject.toml").exists():
         passed["PYTHONPATH"] = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
@@ -77,12 +79,12 @@ def _worker_environment() -> dict[str, str]:
 
 def cpus() -> int:
     """CPUs of the session."""
-    return int(ray.cluster_resources().get("CPU", 1))
+    return int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
 
 
 def gpus() -> int:
     """GPUs of the session."""
-    return int(ray.cluster_resources().get("GPU", 0))
+    return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
 
 
 def run_parts(
@@ -104,58 +106,66 @@ def run_parts(
     done = {p: r for p, r in artefact.parts().items() if p in set(parts)}
     missing = [part for part in parts if part not in done]
     telemetry.PARTS.inc(len(done), stage=artefact.kind, outcome="found")
-    task = ray.remote(_run_part).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=4)
-    shared = ray.put(work)
-    running: dict[Any, int] = {}
-    queue = iter(missing)
-    with Progress(label, len(parts), len(done)) as progress:
-        while True:
-            while len(running) < at_once and (part := next(queue, None)) is not None:
-                running[task.remote(artefact, part, shared)] = part
-            if not running:
-                return done
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for reference in ready:
-                part = running.pop(reference)
-                done[part] = ray.get(reference)
-                telemetry.PARTS.inc(stage=artefact.kind, outcome="new")
-                progress.step()
+    task = partial(_run_part, artefact, work)
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    for number, record in run_tasks(task, missing, label=label, at_once=at_once, found=len(done), **options):
+        done[missing[number]] = record
+        telemetry.PARTS.inc(stage=artefact.kind, outcome="new")
+    return done
+
+
+def _run_part(artefact: Artefact, work: Callable[[int], dict[str, Any]], part: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    record = work(part)
+    return artefact.publish_part(part, {**record, "seconds": time.perf_counter() - started})
 
 
 def run_tasks(
-    work: Callable[[Any], Any], items: Sequence[Any], *, label: str, at_once: int, num_cpus: float = 1
+    work: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    label: str,
+    at_once: int,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    found: int = 0,
 ) -> Iterator[tuple[int, Any]]:
     """Run `work(item)` as Ray tasks, at most `at_once` together; yields (number of the item, result) as they end.
 
-    For work that leaves nothing behind or writes under names of its own: a task whose worker dies is run again.
+    For work that leaves nothing behind or writes under names of its own: a task whose worker dies is run again. An
+    error of `work` is raised as it is, after the tasks beside it were cancelled. `found` items were done before.
     """
-    task = ray.remote(_run_task).options(num_cpus=num_cpus, max_retries=4)
+    task = ray.remote(_run_task).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=4)
     shared = ray.put(work)
     running: dict[Any, int] = {}
     queue = iter(enumerate(items))
-    with Progress(label, len(items)) as progress:
-        while True:
-            while len(running) < at_once and (entry := next(queue, None)) is not None:
-                running[task.remote(shared, entry[1])] = entry[0]
-            if not running:
-                return
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for reference in ready:
-                number = running.pop(reference)
-                yield number, ray.get(reference)
-                progress.step()
+    try:
+        with Progress(label, found + len(items), found) as progress:
+            while True:
+                while len(running) < at_once and (entry := next(queue, None)) is not None:
+                    running[task.remote(shared, entry[1])] = entry[0]
+                if not running:
+                    return
+                ready, _ = ray.wait(list(running), num_returns=1)
+                for reference in ready:
+                    number = running.pop(reference)
+                    yield number, _result(reference)
+                    progress.step()
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from None
 
 
 def _run_task(work: Callable[[Any], Any], item: Any) -> Any:
     telemetry.set_sink(RaySink())
     return work(item)
-
-
-def _run_part(artefact: Artefact, part: int, work: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-    telemetry.set_sink(RaySink())
-    started = time.perf_counter()
-    record = work(part)
-    return artefact.publish_part(part, {**record, "seconds": time.perf_counter() - started})
 
 
 class RaySink:

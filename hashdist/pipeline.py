@@ -6,6 +6,7 @@ nothing is passed from job to job but the configuration file. `run_stage` runs o
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from hashdist import distributed, telemetry
@@ -81,7 +82,16 @@ def run_all(settings: Settings) -> dict[str, Any]:
     _check(settings)
     started = time.perf_counter()
     with distributed.session(settings.cluster), run_metrics(settings):
-        results = {stage: _run(stage, settings) for stage in STAGES}
+        results: dict[str, Any] = {}
+        for stage in STAGES:
+            if stage == "collection" and settings.features.source:
+                continue
+            results[stage] = _run(stage, settings)
+            if stage == "collection":
+                # pinned: images that arrive while this runs belong to the next run
+                settings = replace(
+                    settings, collection=replace(settings.collection, snapshot=results[stage]["snapshot"])
+                )
     return {"stage": "pipeline", "stages": results, "seconds": time.perf_counter() - started}
 
 

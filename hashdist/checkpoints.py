@@ -92,8 +92,8 @@ class Checkpoints:
         except CommitLost as lost:
             raise Conflict(
                 f"{self._log.uri}: checkpoint {self._number + 1} must be this attempt's ({self._about['attempt']}), "
-                f"found attempt {lost.winner.manifest.get('attempt')}'s, so the same model is being trained twice; let that "
-                "one finish, or give --train.fresh TEXT for a run of your own"
+                f"found attempt {lost.winner.manifest.get('attempt')}'s, so the same model is being trained twice; "
+                "let that one finish, or give --train.fresh TEXT for a run of your own"
             ) from lost
         self._number = version.number
         telemetry.CHECKPOINTS.inc(method=self._method)

@@ -6,8 +6,8 @@ code is computed in batches of one fixed shape, padded, so it does not depend on
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -21,15 +21,24 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import nn
 
-from hashdist.backbones import Backbone, build_backbone
+from hashdist.backbones import Backbone, build_backbone, spec_settings
 from hashdist.bits import BIT_ORDER, check_bits, pack
 from hashdist.errors import Corrupt, InvalidInput, NotFound
 from hashdist.images import BadImage, decode
 from hashdist.methods.contract import deep_method, find_method, method_settings
+from hashdist.prefetch import in_order
 from hashdist.store.commit import Artefact, digest, open_artefact, read_file
 
 HEAD_BATCH = 64
 """Rows the head is run on at once; the last batch is padded. Few, so that one query costs little."""
+
+NOT_FINITE = "not-finite: the backbone's feature holds an infinity or is not a number"
+"""Reason of an image whose feature cannot be used."""
+
+NO_BACKBONE = "none"
+"""What a features' manifest names as backbone where the features came from outside."""
+
+_AHEAD = 4  # images decoded while the network works on others
 
 DECISIVE = ("backbone", "tap", "weights_digest", "preprocess", "precision", "dtype")
 """Fields of a features' manifest that must be the model's own: what else differs leaves a feature as it is."""
@@ -123,16 +132,21 @@ class Model:
     def encode_readable(self, images: Iterable[Picture | BadImage]) -> Encoded:
         """Codes of the images that can be read, and reasons for the others; decoding runs ahead on threads."""
         backbone = self._open_backbone()
-        codes, reasons = [np.zeros((0, self.bits // 8), np.uint8)], []
-        with ThreadPoolExecutor(max(1, self._threads)) as pool:
-            for batch in _batches(images, backbone.batch):
-                read = list(pool.map(lambda image: _prepared(backbone, image), batch))
-                good = [row for row, pixels in enumerate(read) if not isinstance(pixels, str)]
-                part = np.zeros((len(batch), self.bits // 8), np.uint8)
-                if good:
-                    part[good] = self.encode_features(backbone.forward(np.stack([read[row] for row in good])))
-                codes.append(part)
-                reasons.extend(pixels if isinstance(pixels, str) else None for pixels in read)
+        codes = [np.zeros((0, self.bits // 8), np.uint8)]
+        reasons: list[str | None] = []
+        prepared = in_order(partial(_prepared, backbone), images, _AHEAD)
+        while batch := list(islice(prepared, backbone.batch)):
+            found = [pixels if isinstance(pixels, str) else None for pixels in batch]
+            good = np.array([row for row, reason in enumerate(found) if reason is None], np.int64)
+            part = np.zeros((len(batch), self.bits // 8), np.uint8)
+            if len(good):
+                features_nD = backbone.forward(np.stack([batch[row] for row in good]))
+                finite = np.isfinite(features_nD).all(1)
+                part[good[finite]] = self.encode_features(features_nD[finite])
+                for row in good[~finite]:
+                    found[row] = NOT_FINITE
+            codes.append(part)
+            reasons.extend(found)
         return Encoded(np.concatenate(codes), reasons)
 
     def encode_features(self, features_ND: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -163,7 +177,7 @@ class Model:
 
     def _open_backbone(self) -> Backbone:
         if self._backbone is None:
-            self._backbone = open_backbone(self._artefact, self.manifest, self._threads, self._device)
+            self._backbone = _build_backbone(self._artefact, self.manifest, self._threads, self._device)
         return self._backbone
 
 
@@ -194,7 +208,8 @@ def describe(
         head: entry of the head's weights, in the model's folder.
         backbone_weights: entry of the backbone's; None for a backbone without weights, or features from outside.
     """
-    identity = {"head": head["sha256"], "method": method, "bits": bits, "width": width, "backbone": dict(backbone)}
+    made_by = {name: backbone[name] for name in DECISIVE if name in backbone}
+    identity = {"head": head["sha256"], "method": method, "bits": bits, "width": width, "backbone": made_by}
     return {
         "method": method,
         "method_settings": dict(options),
@@ -251,10 +266,15 @@ def _check(manifest: Mapping[str, Any], uri: str) -> None:
         raise InvalidInput(f"{uri}: bit order {BIT_ORDER!r} is required, found {manifest['bit_order']!r}")
 
 
-def _batches(images: Iterable[Picture | BadImage], size: int) -> Iterator[list[Picture | BadImage]]:
-    remaining = iter(images)
-    while batch := list(islice(remaining, size)):
-        yield batch
+def _build_backbone(artefact: Artefact, manifest: Mapping[str, Any], threads: int, device: str) -> Backbone:
+    spec, entry = manifest["backbone"], manifest["backbone_weights"]
+    if spec.get("backbone", NO_BACKBONE) == NO_BACKBONE:
+        raise InvalidInput(
+            f"{artefact.uri} was trained on features from outside and cannot read images; give it such features "
+            "(encode_features), or train one with --features.backbone"
+        )
+    state = read_file(artefact.store, entry) if entry else None
+    return build_backbone(spec_settings(spec), threads=threads, device=device, state=state)
 
 
 def _prepared(backbone: Backbone, image: Picture | BadImage) -> NDArray[np.uint8] | str:

@@ -170,12 +170,10 @@ class EncodeSettings:
     """How the whole collection is encoded.
 
     Args:
-        batch: the one batch shape of inference.
-        workers: encoding actors; 0 = one per CPU pair or GPU.
+        workers: encoding tasks at once; 0 = one per CPU pair or GPU.
         snapshot: URI of committed codes to use as they are.
     """
 
-    batch: int = 1024
     workers: int = 0
     snapshot: str = ""
 

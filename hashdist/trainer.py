@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
@@ -53,7 +53,7 @@ class Workers:
     def check(self) -> None:
         """InvalidInput if the cluster as it is cannot hold the workers."""
         for resource, each in self.claim().items():
-            there = ray.cluster_resources().get(resource, 0)
+            there = ray.cluster_resources().get(resource, 0)  # type: ignore[no-untyped-call]
             if each * self.count > there:
                 raise InvalidInput(
                     f"{self.count} training workers need {each * self.count:g} {resource} in the cluster, found "
@@ -90,11 +90,15 @@ def fit(
     """
     from ray.train.torch import TorchConfig, TorchTrainer  # imports torch and more: seconds, so only where needed
 
+    # ray's annotations are those of Train v1
+    make_trainer: Any = TorchTrainer
+    make_failures: Any = FailureConfig
+
     for variable, value in _environment().items():
         os.environ.setdefault(variable, value)
     group = TorchConfig(backend="nccl", timeout_s=COLLECTIVE_TIMEOUT_S) if workers.gpu else GlooConfig()
     with TemporaryDirectory(prefix="hashdist-") as folder, _followed(Path(folder) / "events", say) as events:
-        trainer = TorchTrainer(
+        trainer = make_trainer(
             loop,
             torch_config=group,
             scaling_config=ScalingConfig(
@@ -103,10 +107,10 @@ def fit(
             run_config=RunConfig(
                 name=name,
                 **_storage(store),
-                failure_config=FailureConfig(
+                failure_config=make_failures(
                     max_failures=workers.max_failures, controller_failure_limit=workers.max_failures
                 ),
-                callbacks=[_Watch(str(events))],
+                callbacks=cast(Any, [_Watch(str(events))]),
             ),
         )
         try:
@@ -116,7 +120,7 @@ def fit(
 
 
 def _environment() -> dict[str, str]:
-    alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    alone = sum(node["Alive"] for node in ray.nodes()) == 1  # type: ignore[no-untyped-call]
     # a machine that runs everything by itself is not taken away from under its workers
     return {**_ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if alone else _ENVIRONMENT
 
@@ -224,6 +228,6 @@ def _followed(path: Path, say: Callable[[str, dict[str, Any]], None]) -> Iterato
 
 def _cause(error: TrainingFailedError) -> HashdistError | None:
     """The error of ours inside what Ray Train raised, if there is one."""
-    inner = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+    inner: list[Any] = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
     inner.append(getattr(error, "controller_failure", None))
     return next((e for e in inner if isinstance(e, HashdistError)), None)

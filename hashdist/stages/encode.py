@@ -18,10 +18,12 @@ from hashdist.bits import BIT_ORDER
 from hashdist.collections import Collection
 from hashdist.collections import Image as Listed
 from hashdist.errors import InvalidInput
+from hashdist.given import UNUSABLE
 from hashdist.images import BadImage
-from hashdist.model import Model, check_features, load_model
+from hashdist.model import NOT_FINITE, Model, check_features, load_model
 from hashdist.schema import OK, from_vectors, to_vectors, vector_schema
 from hashdist.settings import Settings
+from hashdist.sources import UNREADABLE
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, read_table, write_table
 
@@ -29,7 +31,6 @@ KIND = "codes"
 REVISION = 1
 
 _ROW = ["id", "key", "digest", "labels", "status", "reason"]
-_UNREADABLE = "unreadable"
 
 
 def snapshot(settings: Settings, model: Artefact, source: Artefact) -> Artefact:
@@ -142,7 +143,7 @@ def _encode_images(codes: Artefact, model: Artefact, source: Artefact, device: s
     def pictures() -> Iterator[bytes | BadImage]:
         for image in Collection(source).read(part):
             rows.append(image._replace(data=None))
-            yield image.data if image.data is not None else BadImage(_UNREADABLE, image.reason or "not read")
+            yield image.data if image.data is not None else _bad(image.reason or UNREADABLE)
 
     codes_NW, reasons = _model(model.uri, device).encode_readable(pictures())
     present_N = np.array([reason is None for reason in reasons], np.bool_)
@@ -152,11 +153,22 @@ def _encode_images(codes: Artefact, model: Artefact, source: Artefact, device: s
             "key": pa.array([row.key for row in rows], pa.string()),
             "digest": pa.array([row.digest for row in rows], pa.string()),
             "labels": pa.array([row.labels for row in rows], pa.list_(pa.int32())),
-            "status": pa.array([_UNREADABLE if reason else OK for reason in reasons], pa.string()),
+            "status": pa.array([_status(reason) for reason in reasons], pa.string()),
             "reason": pa.array(reasons, pa.string()),
         }
     )
     return _write(codes, table, codes_NW, present_N)
+
+
+def _bad(reason: str) -> BadImage:
+    slug, _, detail = reason.partition(": ")
+    return BadImage(slug, detail)
+
+
+def _status(reason: str | None) -> str:
+    if reason is None:
+        return OK
+    return UNUSABLE if reason == NOT_FINITE else UNREADABLE
 
 
 def _write(

@@ -9,32 +9,30 @@ import math
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from io import BytesIO
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import ray.train
 import torch
-from numpy.typing import NDArray
 from safetensors import torch as safetensors
 from torch import nn
 
 from hashdist import distributed, telemetry
 from hashdist.bits import check_bits
 from hashdist.checkpoints import Checkpoints, agree_on_newest, finite, load_state
+from hashdist.collections import subset
 from hashdist.communicator import Communicator, TorchDistributed
-from hashdist.errors import Conflict, Corrupt, InvalidInput
-from hashdist.methods.contract import Graph, TrainingData, check_schedule, deep_method, find_method, method_settings
+from hashdist.errors import Conflict, InvalidInput
+from hashdist.methods.contract import TrainingData, check_schedule, deep_method, find_method, method_settings
 from hashdist.model import describe
+from hashdist.networks import Network, open_network, spec_settings, state_bytes, weights_digest
 from hashdist.progress import say
+from hashdist.sample import LocalShare, cache_images, read_sample, sample_ids
 from hashdist.settings import Settings
 from hashdist.store import open_store
-from hashdist.store.commit import Artefact, Log, Version, artefact, read_file, read_table, write_file
+from hashdist.store.commit import Artefact, Log, Version, artefact, read_file, write_file
 from hashdist.trainer import Workers, fit
 from hashdist.training import Trained, train
 
@@ -75,15 +73,18 @@ def run(settings: Settings, graph: Artefact, features: Artefact, collection: Art
     """
     started = time.perf_counter()
     model = snapshot(settings, graph, features, collection)
-    job = _Job(settings, model, _log(settings, model), graph, features, collection, uuid4().hex[:12])
     if model.exists():
-        return _result(job, started, skipped=True)
+        return _result(model, started, skipped=True)
     check(settings, graph, features, collection)
-    newest = job.log.latest()
+    log = Log(open_store(settings.root).child(f"runs/{model.name}"))
+    newest = log.latest()
+    if newest is not None:
+        _check_run(log, newest, model)
+    job = _Job(settings, model, log, graph, features, collection, _sample(settings, graph, collection), uuid4().hex)
     if newest is None or not newest.manifest["finished"]:
         newest = _fit(job, newest)
     model.publish(_manifest(job, newest.manifest))
-    return _result(job, started, skipped=False)
+    return _result(model, started, skipped=False)
 
 
 def check(settings: Settings, graph: Artefact, features: Artefact, collection: Artefact | None) -> None:
@@ -104,6 +105,26 @@ def check(settings: Settings, graph: Artefact, features: Artefact, collection: A
         )
     if wanted.mode == "images" and collection is None:
         raise InvalidInput("training from images needs the collection beside graph and features, found none")
+    if wanted.mode == "images" and not features.manifest().get("weights_digest"):
+        raise InvalidInput(
+            f"training from images needs a backbone with weights, found {features.manifest().get('backbone')!r} in "
+            f"{features.uri}; extract features with a network, or train with --train.mode frozen"
+        )
+
+
+def _check_run(log: Log, newest: Version, model: Artefact) -> None:
+    if newest.manifest.get("model") != model.name:
+        raise InvalidInput(
+            f"{log.uri} must hold the run of model {model.name}, found checkpoint {newest.number} of model "
+            f"{newest.manifest.get('model')}; move that run back to where it belongs, or give --train.fresh TEXT"
+        )
+
+
+def _sample(settings: Settings, graph: Artefact, collection: Artefact | None) -> Artefact | None:
+    """The training images as a collection of their own, so that workers read nothing else."""
+    if settings.train.mode == "frozen" or collection is None:
+        return None
+    return subset(open_store(settings.root), collection, sample_ids(graph).tolist())
 
 
 @dataclass(frozen=True)
@@ -116,6 +137,7 @@ class _Job:
     graph: Artefact
     features: Artefact
     collection: Artefact | None
+    sample: Artefact | None  # the training images as a collection of their own, in images mode
     attempt: str
 
     @property
@@ -124,10 +146,6 @@ class _Job:
         wanted = self.settings.train
         chosen = method_settings(deep_method(find_method(wanted.method)), wanted.preset, wanted.options)
         return int(chosen.rounds * chosen.epochs)
-
-
-def _log(settings: Settings, model: Artefact) -> Log:
-    return Log(open_store(settings.root).child(f"runs/{model.name}"))
 
 
 # In the driver
@@ -145,7 +163,7 @@ def _fit(job: _Job, newest: Version | None) -> Version:
         partial(_work, job),
         workers,
         store=job.log.store.child("ray"),
-        name=f"{job.model.name[:12]}-{job.attempt}",
+        name=f"{job.model.name[:12]}-{job.attempt[:12]}",
         say=_Lines(job.epochs),
     )
     finished = job.log.latest()
@@ -224,8 +242,8 @@ def _manifest(job: _Job, finished: dict[str, Any]) -> dict[str, Any]:
 
 def _backbone_fields(features: dict[str, Any]) -> dict[str, Any]:
     """How the features are made, as far as a code depends on it."""
-    names = ("backbone", "tap", "weights_digest", "preprocess", "precision", "batch", "threads", "dtype", "width")
-    return {name: features[name] for name in names if name in features}
+    names = ("backbone", "tap", "weights", "weights_digest", "preprocess", "precision", "batch", "threads")
+    return {name: features[name] for name in (*names, "dtype", "width") if name in features}
 
 
 def _copied_weights(job: _Job) -> dict[str, Any] | None:
@@ -236,12 +254,12 @@ def _copied_weights(job: _Job) -> dict[str, Any] | None:
     return write_file(job.model.store, job.model.new_name(".safetensors"), read_file(job.features.store, entry))
 
 
-def _result(job: _Job, started: float, *, skipped: bool) -> dict[str, Any]:
-    manifest = job.model.manifest()
+def _result(model: Artefact, started: float, *, skipped: bool) -> dict[str, Any]:
+    manifest = model.manifest()
     last = manifest["history"][-1] if manifest["history"] else {}
     return {
         "stage": "train",
-        "snapshot": job.model.uri,
+        "snapshot": model.uri,
         "rows": manifest["rows"],
         "failed": 0,
         "seconds": time.perf_counter() - started,
@@ -274,19 +292,18 @@ def _work(job: _Job) -> None:
         "worker": {"host": socket.gethostname(), "pid": os.getpid()},
     }
     checkpoints = Checkpoints(job.log, newest, about, wanted.method)
-    with TemporaryDirectory(prefix="hashdist-") as folder:
-        data, backbone = _inputs(job, comm, Path(folder))
-        trained = train(
-            find_method(wanted.method),
-            data,
-            wanted,
-            comm,
-            resume=load_state(job.log, newest) if newest else None,
-            save=checkpoints.save,
-            report=_Reporter(comm, device),
-            device=device,
-            backbone=backbone,
-        )
+    data, backbone = _inputs(job, comm)
+    trained = train(
+        find_method(wanted.method),
+        data,
+        wanted,
+        comm,
+        resume=load_state(job.log, newest) if newest else None,
+        save=checkpoints.save,
+        report=_Reporter(comm, device),
+        device=device,
+        backbone=backbone,
+    )
     if comm.rank == 0:
         checkpoints.finish(_finished(job, data, trained))
 
@@ -310,40 +327,19 @@ class _Reporter:
             ray.train.report(finite(event))
 
 
-def _inputs(job: _Job, comm: Communicator, folder: Path) -> tuple[TrainingData, nn.Module | None]:
-    """The training sample as the graph artefact holds it, and in images mode the images and the network."""
-    files, store = job.graph.manifest()["files"], job.graph.store
-    array = partial(_array, job.graph)
-    labels = files.get("labels")
-    graph = None
-    if files.get("w0_indptr"):
-        graph = Graph(array(files["w0_indptr"]), array(files["w0_indices"]), array(files["neighbours"]))
-    data = TrainingData(
-        ids=array(files["ids"]),
-        features=array(files["features"]) if job.settings.train.mode == "frozen" else None,
-        labels=_one_hot(read_table(store, labels, ["labels"])["labels"].to_pylist()) if labels else None,
-        graph=graph,
-    )
-    return data, None
-
-
-def _array(graph: Artefact, entry: dict[str, Any]) -> NDArray[Any]:
-    """A .npy file of the graph: mapped where it lies on this machine, else read and checked."""
-    path = graph.store.local_path(entry["path"])
-    if path is None:
-        return np.load(BytesIO(read_file(graph.store, entry)), allow_pickle=False)
-    if path.stat().st_size != entry["bytes"]:
-        raise Corrupt(f"{path}: {entry['bytes']} bytes were committed, found {path.stat().st_size}")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _one_hot(labels: list[list[int] | None]) -> NDArray[np.bool_]:
-    """bool [n, C] of the labels of each image; none of an image without any."""
-    classes = 1 + max((label for row in labels for label in row or []), default=-1)
-    table = np.zeros((len(labels), classes), np.bool_)
-    for row, given in enumerate(labels):
-        table[row, given or []] = True
-    return table
+def _inputs(job: _Job, comm: Communicator) -> tuple[TrainingData, nn.Module | None]:
+    """The training sample, and in images mode the network with the weights that the features were made with."""
+    data = read_sample(job.graph, features=job.sample is None)
+    if job.sample is None:
+        return data, None
+    made = job.features.manifest()
+    weights = read_file(job.features.store, made["weights_file"]) if made["weights_file"] else None
+    backbone = open_network(spec_settings(made), weights)
+    context = ray.train.get_context()
+    place = LocalShare(context.get_local_rank(), context.get_local_world_size(), job.attempt)
+    say(f"train: rank {comm.rank} prepares its share of {data.n} images of {backbone.preprocess.size} pixels")
+    images = cache_images(job.sample, data.ids, backbone.preprocess, place, comm)
+    return replace(data, images=lambda rows: torch.from_numpy(images[rows])), backbone
 
 
 def _finished(job: _Job, data: TrainingData, trained: Trained) -> dict[str, Any]:
@@ -355,12 +351,24 @@ def _finished(job: _Job, data: TrainingData, trained: Trained) -> dict[str, Any]
         "head": write_file(store, job.model.new_name(".safetensors"), head),
         "backbone": {},
         "backbone_weights": None,
+        **_trained_backbone(job, trained.backbone),
         "input_width": job.features.manifest()["width"],
         "method_settings": asdict(trained.settings),
         "rows": data.n,
         "seconds": trained.seconds,
         "history": trained.history,
         "rounds": trained.rounds,
+    }
+
+
+def _trained_backbone(job: _Job, backbone: nn.Module | None) -> dict[str, Any]:
+    """Images mode: the backbone's own weights, and float32, in which they were made."""
+    if not isinstance(backbone, Network):
+        return {}
+    entry = write_file(job.model.store, job.model.new_name(".safetensors"), state_bytes(backbone))
+    return {
+        "backbone": {"weights_digest": weights_digest(backbone), "precision": "float32"},
+        "backbone_weights": entry,
     }
 
 

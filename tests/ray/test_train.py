@@ -18,7 +18,7 @@ from hashdist.errors import Conflict, InvalidInput
 from hashdist.settings import Settings, TrainSettings
 from hashdist.stages import train
 from hashdist.store import open_store
-from hashdist.store.commit import Artefact, Log, Version, open_artefact
+from hashdist.store.commit import Log, Version, open_artefact
 
 EPOCHS = 12
 OPTIONS = {"epochs": EPOCHS, "rounds": 3, "lr": 1e-3}
@@ -200,7 +200,7 @@ def test_an_attempt_that_loses_a_commit_stops(ray_session: None, made: Callable[
 
     intruder = threading.Thread(target=intrude)
     intruder.start()
-    with pytest.raises(Conflict, match="intruder.*trained twice"):
+    with pytest.raises(Conflict, match=r"intruder.*trained twice"):
         train.run(settings, there.graph, there.features)
     intruder.join()
     assert log.read(log.numbers()[-1]).manifest["attempt"] == "intruder"

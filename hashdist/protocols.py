@@ -1,15 +1,28 @@
-"""Evaluation protocols: which images are queries, which are trained on, which are searched.
+"""Which images are queries, training set and database: the papers' splits as pure functions of (ids, labels, seed).
 
-A protocol is a pure function of (the images' ids and labels, seed): images are taken in the order of a hash of their
-ids, so neither the order of rows nor what lies beside them in a file matters. Presets: docs/decisions.md, D14, D16;
-the papers' own splits (sizes per class) are those of DSAH, SADH, CSDH and DDH's release.
+Images are drawn in the order of a keyed hash of their ids, so a split depends neither on the order of rows nor on
+numpy's generators, and another seed draws other images. Counts are those of methods.md 5.2; the training set lies
+inside the database, queries never do.
+
+| name | queries | training | database |
+|---|---|---|---|
+| cifar-dsah, cifar-ddh-release | 100 a class | 1000 a class | all but queries |
+| cifar-sadh, cifar-csdh | 100 a class | 500 a class | all but queries |
+| digits | 20 a class | all but queries | all but queries |
+| flickr-dsah | 1000 | 10000 | all but queries |
+| flickr-sadh | 1000 | 4000 | all but queries |
+| nus-dsah | 2100 | 10500 | all but queries |
+| nus-ddh | 1000 | 4000 | all but queries |
+| nus-21 | 100 a class | 500 a class | all but queries |
+| uniform:Q:T | Q | T | all but queries |
+| uniform | 1000 | all but queries | all but queries |
+
+nus-21 counts an image under the first of its labels. The release of DDH states 1000 queries and 10000 training images in all; a class's share is inferred (methods.md 1.5).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from hashlib import blake2b
-from typing import NamedTuple
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,115 +30,155 @@ from numpy.typing import NDArray
 from hashdist.errors import InvalidInput
 from hashdist.order import mix64
 
-Labels = Sequence[Sequence[int] | None]
-Rows = NDArray[np.int64]
-
-
-class Split(NamedTuple):
-    """Row numbers, each ascending: int64 arrays. Training images may be searched; queries are neither."""
-
-    query: Rows
-    train: Rows
-    database: Rows
-
-    def digest(self, ids: NDArray[np.int64]) -> str:
-        """32 hex digits of the three sets of ids: equal only for equal splits of equal images."""
-        text = b"|".join(np.sort(ids[rows]).tobytes() for rows in self)
-        return blake2b(text, digest_size=16).hexdigest()
+Labels = Sequence[Sequence[int] | None] | NDArray[np.integer]
+"""Labels of every row, as the column `labels` of a table gives them, or one class number a row."""
 
 
 @dataclass(frozen=True)
-class PerClass:
-    """So many queries and training images of every class (of an image's first label).
+class Split:
+    """Rows of the three sets, int64, ascending.
 
     Args:
-        query: a class.
-        train: a class; None = everything that is not a query.
-    """
-
-    query: int
-    train: int | None
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """So many queries and training images in all, whatever their labels.
-
-    Args:
-        query: in all.
-        train: in all; None = everything that is not a query.
-    """
-
-    query: int
-    train: int | None
-
-
-PROTOCOLS: dict[str, PerClass | Uniform] = {
-    "cifar-dsah": PerClass(100, 1000),
-    "cifar-sadh": PerClass(100, 500),
-    "cifar-csdh": PerClass(100, 500),
-    "cifar-ddh-release": PerClass(100, 1000),
-    "flickr-dsah": Uniform(1000, 10_000),
-    "flickr-sadh": Uniform(1000, 4000),
-    "nus-dsah": Uniform(2100, 10_500),
-    "nus-21": PerClass(100, 500),
-    "digits": PerClass(20, None),
-    "uniform": Uniform(1000, None),
-}
-"""By name. In all of them the database is everything but the queries."""
-
-
-def split(name: str, ids: NDArray[np.int64], labels: Labels, seed: int) -> Split:
-    """The split of images by a protocol.
-
-    Args:
-        name: one of PROTOCOLS.
-        ids: int64 [N], distinct.
-        labels: per image; None or empty where it has none.
-        seed: another seed, another split of the same kind.
+        query: rows asked for.
+        train: rows learned from.
+        database: rows searched.
+        ids: int64 [N], ids of all rows.
 
     Raises:
-        InvalidInput: an unknown protocol, a class with too few images, missing labels where classes are needed.
+        InvalidInput: a row is both query and database.
     """
-    if name not in PROTOCOLS:
-        raise InvalidInput(f"a protocol must be one of {', '.join(PROTOCOLS)}, found {name!r}")
-    if len(labels) != len(ids):
-        raise InvalidInput(
-            f"labels of all {len(ids)} images are needed (None where there are none), found {len(labels)}"
-        )
-    asked = PROTOCOLS[name]
-    order = shuffled(ids, seed)
-    take: Callable[..., tuple[Rows, Rows]] = _uniform if isinstance(asked, Uniform) else partial(_per_class, labels)
-    query, train = take(name, order, asked.query, asked.train)
-    rest = np.setdiff1d(np.arange(len(ids)), query)
-    return Split(np.sort(query), rest if asked.train is None else np.sort(train), rest)
+
+    query: NDArray[np.int64]
+    train: NDArray[np.int64]
+    database: NDArray[np.int64]
+    ids: NDArray[np.int64] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        shared = np.intersect1d(self.ids[self.query], self.ids[self.database])
+        if len(shared):
+            raise InvalidInput(
+                f"queries must not be in the database, found {len(shared)} that are (the first id: {shared[0]}); "
+                f"leave them out of one of the two"
+            )
+
+    def digest(self) -> str:
+        """32 hex digits that name the three sets of ids, whatever the order of rows."""
+        state = hashlib.blake2b(digest_size=16)
+        for rows in (self.query, self.train, self.database):
+            state.update(len(rows).to_bytes(8, "little") + np.sort(self.ids[rows]).astype("<i8").tobytes())
+        return state.hexdigest()
 
 
-def shuffled(ids: NDArray[np.int64], seed: int) -> Rows:
-    """Row numbers in an order that depends on (id, seed) alone."""
+@dataclass(frozen=True)
+class _Counts:
+    """How many images are drawn, per class or in all; train None = the whole database."""
+
+    query: int
+    train: int | None
+    per_class: bool
+    several_labels: bool = False
+
+
+_PROTOCOLS = {
+    "cifar-dsah": _Counts(100, 1000, True),
+    "cifar-ddh-release": _Counts(100, 1000, True),
+    "cifar-sadh": _Counts(100, 500, True),
+    "cifar-csdh": _Counts(100, 500, True),
+    "digits": _Counts(20, None, True),
+    "flickr-dsah": _Counts(1000, 10_000, False),
+    "flickr-sadh": _Counts(1000, 4000, False),
+    "nus-dsah": _Counts(2100, 10_500, False),
+    "nus-ddh": _Counts(1000, 4000, False),
+    "nus-21": _Counts(100, 500, True, several_labels=True),
+    "uniform": _Counts(1000, None, False),
+}
+
+
+def split(name: str, ids: NDArray[np.int64], labels: Labels | None, seed: int = 0) -> Split:
+    """The split `name` of the images `ids`; give only images that have a feature.
+
+    Args:
+        name: one of the table above, or `uniform:Q:T`.
+        ids: int64 [N], distinct, in any order.
+        labels: [N]; one class a row where the protocol draws by class.
+        seed: draws other images.
+
+    Raises:
+        InvalidInput: an unknown name, missing labels, several labels where one is needed, an id twice, or fewer
+            images than are to be drawn.
+    """
+    counts = _counts(name)
+    if len(np.unique(ids)) != len(ids):
+        raise InvalidInput(f"ids must be distinct, found {len(ids) - len(np.unique(ids))} repeated ones")
+    drawn = _drawing_order(ids, seed)
+    groups = _by_class(name, counts, labels, drawn) if counts.per_class else {"all": drawn}
+    for label, rows in groups.items():
+        _check_enough(name, counts, label, len(rows))
+    query = np.sort(np.concatenate([rows[: counts.query] for rows in groups.values()]))
+    database = np.setdiff1d(np.arange(len(ids)), query)
+    train = database
+    if counts.train is not None:
+        stop = counts.query + counts.train
+        train = np.sort(np.concatenate([rows[counts.query : stop] for rows in groups.values()]))
+    return Split(query, train, database, np.asarray(ids, np.int64))
+
+
+def needs_labels(name: str) -> bool:
+    """Whether the protocol draws by class. Raises InvalidInput for an unknown name."""
+    return _counts(name).per_class
+
+
+def _counts(name: str) -> _Counts:
+    if name in _PROTOCOLS:
+        return _PROTOCOLS[name]
+    kind, _, numbers = name.partition(":")
+    query, _, train = numbers.partition(":")
+    if kind == "uniform" and query.isdecimal() and train.isdecimal() and int(query) and int(train):
+        return _Counts(int(query), int(train), False)
+    raise InvalidInput(
+        f"a known protocol is required, found {name!r}; use one of {', '.join(_PROTOCOLS)}, or uniform:Q:T with the "
+        f"numbers of queries and of training images"
+    )
+
+
+def _drawing_order(ids: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Rows in the order in which they are drawn."""
     key = mix64(np.array([seed], np.int64).astype(np.uint64))
-    words = mix64(ids.astype(np.uint64) ^ key)
-    return np.lexsort((ids, words))
+    return np.argsort(mix64(mix64(ids.astype(np.uint64)) ^ key), kind="stable")
 
 
-def _uniform(name: str, order: Rows, query: int, train: int | None) -> tuple[Rows, Rows]:
-    needed = query + (train if train is not None else 1)
-    if len(order) < needed:
-        raise InvalidInput(f"protocol {name} needs at least {needed} images, found {len(order)}")
-    return order[:query], order[query : query + (train or 0)]
+def _by_class(
+    name: str, counts: _Counts, labels: Labels | None, drawn: NDArray[np.int64]
+) -> dict[str, NDArray[np.int64]]:
+    """Rows of every class, in drawing order."""
+    classes = _one_label(name, counts, labels, len(drawn))[drawn]
+    return {str(label): drawn[classes == label] for label in np.unique(classes)}
 
 
-def _per_class(labels: Labels, name: str, order: Rows, query: int, train: int | None) -> tuple[Rows, Rows]:
-    """By first label; an image without labels is in the database only."""
-    first = np.array([found[0] if found else -1 for found in labels], np.int64)
-    if (first < 0).all():
-        raise InvalidInput(f"protocol {name} takes images by class, and none has a label; use a collection with labels")
-    queries, training = [], []
-    for number in np.unique(first[first >= 0]):
-        members = order[first[order] == number]
-        needed = query + (train if train is not None else 1)
-        if len(members) < needed:
-            raise InvalidInput(f"protocol {name} needs {needed} images of class {number}, found {len(members)}")
-        queries.append(members[:query])
-        training.append(members[query : query + (train or 0)])
-    return np.concatenate(queries), np.concatenate(training)
+def _one_label(name: str, counts: _Counts, labels: Labels | None, rows: int) -> NDArray[np.int64]:
+    """The class under which each image is drawn."""
+    if labels is None or len(labels) != rows:
+        found = "none" if labels is None else f"{len(labels)} for {rows} images"
+        raise InvalidInput(f"protocol {name} draws by class and needs the label of every image, found {found}")
+    if isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "iu":
+        return labels.astype(np.int64)
+    listed = [list(entry) if entry is not None else [] for entry in labels]
+    wrong = [row for row, entry in enumerate(listed) if not entry or (len(entry) > 1 and not counts.several_labels)]
+    if wrong:
+        raise InvalidInput(
+            f"protocol {name} needs {'a' if counts.several_labels else 'exactly one'} label an image, found "
+            f"{len(wrong)} of {rows} images without (the first is row {wrong[0]}, with {len(listed[wrong[0]])} "
+            f"labels); use a labelled collection, or uniform:Q:T"
+        )
+    return np.array([entry[0] for entry in listed], np.int64)
+
+
+def _check_enough(name: str, counts: _Counts, label: str, found: int) -> None:
+    needed = counts.query + (1 if counts.train is None else counts.train)
+    if found < needed:
+        where = f"class {label} has" if counts.per_class else "there are"
+        raise InvalidInput(
+            f"protocol {name} draws {counts.query} queries and {counts.train or 'the remaining'} training images"
+            f"{' a class' if counts.per_class else ''}, but {where} only {found} images; use a protocol that needs "
+            f"fewer, or more images"
+        )

@@ -83,6 +83,10 @@ def open_index(uri: str, version: int | None = None) -> "Index":
     return Index(log, newest)
 
 
+def _index_at(log: Log, version: Version, writable: bool) -> "Index":
+    return Index(log, version, writable=writable)
+
+
 class Removed(int):
     """How many rows a delete removed.
 
@@ -169,6 +173,9 @@ class Index:
         self._log, self._writable = log, writable
         self._view = _View(log, version)
         self._moving = threading.Lock()
+
+    def __reduce__(self) -> tuple[Callable[..., "Index"], tuple[Log, Version, bool]]:
+        return _index_at, (self._log, self._view.version, self._writable)
 
     def __repr__(self) -> str:
         return f"Index({self.uri!r}, version={self.version}, rows={self.rows}, bits={self.bits})"
@@ -608,11 +615,15 @@ class _View:
         if manifest["bit_order"] != BIT_ORDER:
             raise InvalidInput(f"{log.uri}: bits must be packed {BIT_ORDER}-endian, found {manifest['bit_order']!r}")
         self.uri, self.number, self.manifest, self._store = log.uri, version.number, manifest, log.store
+        self._log, self.version = log, version
         opened = {} if before is None else {shard.name: shard for shard in before.shards}
         entries = manifest["shards"]
         self.shards: list[Shard] = [opened.get(entry["codes"]["path"]) or Shard(log.store, entry) for entry in entries]
         self._dead: dict[int, NDArray[np.uint8] | None] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["_View"], tuple[Log, Version]]:
+        return _View, (self._log, self.version)
 
     # What is hidden
 

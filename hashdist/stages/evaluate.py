@@ -136,7 +136,7 @@ def _plan(settings: Settings, codes: Artefact) -> Task:
     database = None
     if wanted.protocol:
         parts = split(wanted.protocol, ids, rows["labels"].to_pylist(), wanted.protocol_seed)
-        queries, database = np.sort(parts.query), np.sort(parts.database)
+        queries, database = ids[parts.query], ids[parts.database]  # ids ascend, and so do rows
     else:
         queries = ids[: wanted.queries]
     if not len(queries):

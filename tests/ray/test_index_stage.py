@@ -1,5 +1,6 @@
 """Building, evaluating and growing an index on Ray, from codes that no model had to make."""
 
+import io
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 from hashdist.bits import hamming, pack
 from hashdist.errors import InvalidInput
 from hashdist.ids import image_ids
+from hashdist.protocols import split
 from hashdist.schema import to_vectors, vector_schema
 from hashdist.searcher import open_index
 from hashdist.settings import EvaluateSettings, IndexSettings, Settings
 from hashdist.stages import evaluate, index, reindex
 from hashdist.store import open_store
-from hashdist.store.commit import Artefact, digest, write_table
+from hashdist.store.commit import Artefact, digest, write_file, write_table
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -199,6 +201,44 @@ def test_evaluation_without_protocol_equals_brute_force(tmp_path: Any, cut: int)
     assert len(result["curves"]["lsh"]["precision"]) == BITS + 1
     if cut == 5000:
         assert 0.2 < result["metrics"]["map_all_ties"] < 1
+
+
+def test_evaluation_by_a_protocol_equals_brute_force(tmp_path: Any) -> None:
+    made = Made(tmp_path.as_uri())
+    settings = settings_of(tmp_path.as_uri(), protocol="digits", protocol_seed=3, cut=40, precision_at=10, recall_at=5)
+    result = evaluate.run(settings, made.codes, made.features)
+    rows = np.flatnonzero(made.present)
+    rows = rows[np.argsort(made.ids[rows])]
+    parts = split("digits", made.ids[rows], [[int(label)] for label in made.labels[rows]], 3)
+    database = rows[parts.database]
+    aps = []
+    for row in rows[parts.query]:
+        found = database[np.lexsort((made.ids[database], hamming(made.codes_NW[row], made.codes_NW[database])))][:40]
+        relevant = made.labels[found] == made.labels[row]
+        aps.append((np.cumsum(relevant) / np.arange(1, 41) * relevant).sum() / max(1, relevant.sum()))
+    assert (result["queries"], result["database"]) == (100, 299)
+    assert result["metrics"]["map@40"] == pytest.approx(float(np.mean(aps)), abs=1e-12)
+    assert result["protocol"] == "digits"
+
+
+def test_queries_that_were_trained_on_are_refused(tmp_path: Any) -> None:
+    root = open_store(tmp_path.as_uri())
+    made = Made(tmp_path.as_uri(), model="leaky")
+    graph = Artefact(root, "graphs", "g")
+    sink = io.BytesIO()
+    np.save(sink, np.sort(made.ids[made.present]))
+    graph.publish({"files": {"ids": write_file(graph.store, graph.new_name(".npy"), sink.getvalue())}})
+    model = Artefact(root, "models", "m")
+    model.publish({"method": "dsah", "inputs": {"graphs": {"uri": graph.uri, "digest": "g"}}})
+    codes = Artefact(root, "codes", "trained")
+    manifest = {**made.codes.manifest(), "model": model.uri}
+    for file in manifest["files"]:
+        codes.store.put(file["path"], made.codes.store.get(file["path"]))
+    codes.publish(manifest)
+    with pytest.raises(InvalidInput, match="trained on 100 of them"):
+        evaluate.run(settings_of(tmp_path.as_uri(), protocol="digits"), codes, made.features)
+    result = evaluate.run(settings_of(tmp_path.as_uri(), queries=10), codes, made.features)
+    assert list(result["by_method"]) == ["dsah"]
 
 
 def test_evaluation_of_codes_without_labels_measures_recall_only(tmp_path: Any) -> None:

@@ -99,12 +99,13 @@ def training_figure(history: Sequence[Mapping[str, Any]], rounds: Sequence[Mappi
     left.set(xlabel="epoch", ylabel="loss", title="loss over epochs")
     if terms:
         left.legend()
-    numbers = [entry["round"] + 1 for entry in rounds]
-    right.plot(numbers, [entry["positives"] for entry in rounds], "o-", color="#2a9d4a")
-    right.set(xlabel="round", ylabel="positive pairs", title="similarity refresh")
+    refreshed = [entry for entry in rounds if isinstance(entry.get("m"), float)]
+    numbers = [entry["round"] + 1 for entry in refreshed]
+    right.plot(numbers, [entry["pairs"] for entry in refreshed], "o-", color="#2a9d4a")
+    right.set(xlabel="after round", ylabel="positive pairs", title="similarity refresh")
     right.set_xticks(numbers)
     twin = right.twinx()
-    twin.plot(numbers, [entry["threshold"] for entry in rounds], "s--", color="#d1495b")
+    twin.plot(numbers, [entry["m"] for entry in refreshed], "s--", color="#d1495b")
     twin.set_ylabel("threshold m")
     return figure
 

@@ -158,4 +158,9 @@ def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Over all tensors: max |a - b| relative to max |a|."""
-    return max(float((a[name] - b[name]).abs().max() / a[name].abs().max().clamp_min(1e-300)) for name in a)
+    return max(relative_difference(a[name], b[name]) for name in a)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """max |a - b| relative to max |a|; 0 where both are zero."""
+    return float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-300))

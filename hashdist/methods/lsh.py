@@ -13,6 +13,7 @@ from hashdist.errors import InvalidInput
 from hashdist.projection import Projection
 
 NAME = "lsh"
+CITATION = "Charikar, Similarity estimation techniques from rounding algorithms, STOC 2002"
 
 
 def fit(features_ND: NDArray[np.floating], bits: int, seed: int) -> Projection:

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from hashdist.ids import image_ids
-from hashdist.schema import to_vectors, vector_schema
+from hashdist.schema import from_vectors, to_vectors, vector_schema
+from hashdist.snapshots import read_vectors
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, digest, write_file, write_table
 
@@ -27,6 +28,21 @@ class Made(NamedTuple):
 def made() -> Callable[..., Made]:
     """made(root uri, n=..., seed=...): features in parts, and the graph of all of them."""
     return _made
+
+
+@pytest.fixture(scope="session")
+def made_graph() -> Callable[[Artefact], Artefact]:
+    """made_graph(features): the graph of all rows of committed features."""
+    return _made_graph
+
+
+def _made_graph(features: Artefact) -> Artefact:
+    table = read_vectors(features, ["id", "key", "labels", "feature"])
+    features_ND = from_vectors(table["feature"], table.schema)
+    keys = np.array(table["key"].to_pylist())
+    root_uri = features.uri.rpartition("/features/")[0]
+    ids = table["id"].to_numpy()
+    return _graph(root_uri, 0, ids, keys, table["labels"].combine_chunks(), features_ND, features)
 
 
 def _made(root_uri: str, n: int = 300, seed: int = 0, parts: int = 3, failed: int = 0, **fields: Any) -> Made:
@@ -76,11 +92,12 @@ def _graph(
     ids: NDArray[np.int64],
     keys: NDArray[np.str_],
     labels: pa.Array,
-    features_ND: NDArray[np.float32],
+    features_ND: NDArray[Any],
     features: Artefact,
 ) -> Artefact:
     n = len(ids)
-    unit = features_ND / np.linalg.norm(features_ND, axis=1, keepdims=True)
+    unit = features_ND.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     cosine = unit @ unit.T
     np.fill_diagonal(cosine, -2)
     neighbours = np.argsort(-cosine, axis=1, kind="stable")[:, :NEIGHBOURS].astype(np.int32)

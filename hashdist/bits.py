@@ -1,11 +1,13 @@
 """Codes as bits: bit = (z >= 0), packed little-endian, one row per image (docs/decisions.md, "Signs and bits")."""
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 from hashdist.errors import InvalidInput
 
-BIT_ORDER = "little"
+BIT_ORDER: Literal["little"] = "little"
 """Bit j of a code is bit j % 8 of byte j // 8, as faiss reads it."""
 
 
@@ -19,12 +21,14 @@ def check_bits(bits: int) -> int:
 def pack(z_NL: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Codes uint8 [N, L/8] of hash-layer outputs [N, L]; sign(0) is +1, so bit = (z >= 0)."""
     check_bits(z_NL.shape[1])
-    return np.packbits(z_NL >= 0, axis=1, bitorder=BIT_ORDER)
+    codes: NDArray[np.uint8] = np.packbits(z_NL >= 0, axis=1, bitorder=BIT_ORDER)
+    return codes
 
 
 def unpack(codes_NW: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Bits as 0/1 uint8 [N, 8 W] of packed codes [N, W]."""
-    return np.unpackbits(codes_NW, axis=1, bitorder=BIT_ORDER)
+    found: NDArray[np.uint8] = np.unpackbits(codes_NW, axis=1, bitorder=BIT_ORDER)
+    return found
 
 
 def signs(codes_NW: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -34,4 +38,5 @@ def signs(codes_NW: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def hamming(a_W: NDArray[np.uint8], b_NW: NDArray[np.uint8]) -> NDArray[np.int32]:
     """Hamming distances int32 [N] of one code [W] to many [N, W]: the plain reference for the scan kernels."""
-    return np.bitwise_count(np.bitwise_xor(a_W, b_NW)).sum(axis=-1, dtype=np.int32)
+    distances: NDArray[np.int32] = np.bitwise_count(np.bitwise_xor(a_W, b_NW)).sum(axis=-1, dtype=np.int32)
+    return distances

@@ -20,56 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 from hashdist import __version__
 from hashdist.errors import HashdistError, InvalidInput
 from hashdist.progress import say
-from hashdist.settings import Settings
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """What to search for, and how to show it.
-
-    Args:
-        version: an older version of it; 0 = the newest.
-        image: image file to search with; needs the model that the index names, or --model.
-        key: key of an image in the index to search with.
-        code: code to search with, as hexadecimal bytes.
-        model: URI of the model that encodes --image; empty = the one that the index was made with.
-        k: number of results.
-        html: write the results as a sheet of pictures to this file as well.
-    """
-
-    version: int = 0
-    image: str = ""
-    key: str = ""
-    code: str = ""
-    model: str = ""
-    k: int = 10
-    html: str = ""
-
-
-@dataclass(frozen=True)
-class QuickstartOptions:
-    """Where the quickstart works.
-
-    Args:
-        folder: images, artefacts, index and report go below this folder.
-        seed: of the training.
-    """
-
-    folder: str = "hashdist-quickstart"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """What the report shows.
-
-    Args:
-        out: the HTML file to write.
-        queries: rows of the sheet of retrieved pictures.
-    """
-
-    out: str = "report.html"
-    queries: int = 8
+from hashdist.settings import QuickstartOptions, ReportOptions, SearchOptions, Settings
 
 
 @dataclass(frozen=True)

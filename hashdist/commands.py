@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hashdist.cli import SearchOptions
 from hashdist.collections import open_collection
 from hashdist.errors import InvalidInput, NotFound
 from hashdist.searcher import Hits, Index, open_index
-from hashdist.settings import Settings
+from hashdist.settings import SearchOptions, Settings
 from hashdist.store import open_store
 from hashdist.store.commit import prove_conditional_create
 

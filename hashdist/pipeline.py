@@ -50,7 +50,8 @@ def snapshot(stage: str, settings: Settings) -> Artefact:
     named = getattr(settings, stage).snapshot
     if named:
         return open_artefact(named, STAGES[stage].KIND)
-    return STAGES[stage].snapshot(settings, *inputs(stage, settings))
+    made: Artefact = STAGES[stage].snapshot(settings, *inputs(stage, settings))
+    return made
 
 
 def inputs(stage: str, settings: Settings) -> list[Artefact]:

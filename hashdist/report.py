@@ -13,16 +13,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hashdist import bits, pipeline, schema
-from hashdist.cli import ReportOptions
 from hashdist.collections import open_collection
 from hashdist.commands import picture_tag
 from hashdist.searcher import Index, open_index
-from hashdist.settings import Settings
+from hashdist.settings import ReportOptions, Settings
 from hashdist.snapshots import read_vectors
 
 _STYLE = """
@@ -166,5 +164,5 @@ def _cells(row: Sequence[str]) -> str:
 
 def _plot(figure: Figure) -> str:
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    figure.savefig(buffer, format="png")
     return f'<img class="plot" alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

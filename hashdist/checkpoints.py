@@ -59,7 +59,8 @@ class Checkpoints:
     def __init__(self, log: Log, newest: Version | None, about: Mapping[str, Any], method: str) -> None:
         self._log, self._about, self._method = log, dict(about), method
         self._number = newest.number if newest else 0
-        self._states = [newest.manifest["state"]] if newest else []
+        kept = range(max(1, self._number - KEPT + 1), self._number + 1)
+        self._states = [log.read(number).manifest["state"] for number in kept]
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Commit a checkpoint as the next version. Raises Conflict when another attempt has committed that one."""

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from hashdist.communicator import Communicator
 from hashdist.errors import InvalidInput
+from hashdist.kernel import kernel
 from hashdist.order import blocks
 from hashdist.pairs import NORM_FLOOR
 
@@ -345,7 +345,7 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@numba.njit(nogil=True)
+@kernel
 def _look_up(indptr, indices, place_n, rows_M, columns_N, w_MN):  # type: ignore[no-untyped-def]
     """W0 and the diagonal of a block; `place_n` is all -1 before and after."""
     for j in range(len(columns_N)):
@@ -363,7 +363,7 @@ def _look_up(indptr, indices, place_n, rows_M, columns_N, w_MN):  # type: ignore
         place_n[columns_N[j]] = -1
 
 
-@numba.njit(nogil=True)
+@kernel
 def _edge_statistics(indptr, indices, q_TnL, thresholds, start, stop, totals):  # type: ignore[no-untyped-def]
     """Entries of W0 in rows start to stop that no past round added; q_TnL holds this round first, then the past."""
     bits = q_TnL.shape[2]
@@ -388,7 +388,7 @@ def _edge_statistics(indptr, indices, q_TnL, thresholds, start, stop, totals):  
                 totals[3] += square & _LOW
 
 
-@numba.njit(nogil=True)
+@kernel
 def _largest_gap(gap_MN, s_MN, threshold):  # type: ignore[no-untyped-def]
     """gap := max(gap, s - threshold), whose sign says whether any past round added the pair."""
     for i in range(gap_MN.shape[0]):
@@ -396,7 +396,7 @@ def _largest_gap(gap_MN, s_MN, threshold):  # type: ignore[no-untyped-def]
             gap_MN[i, j] = max(gap_MN[i, j], s_MN[i, j] - threshold)
 
 
-@numba.njit(nogil=True)
+@kernel
 def _tile_statistics(s_MN, gap_MN, threshold, first_row, first_column, totals):  # type: ignore[no-untyped-def]
     """Pairs of a tile above the diagonal with gap >= threshold; a row's squares fit int64 up to 2^17 columns."""
     for i in range(s_MN.shape[0]):

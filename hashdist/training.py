@@ -154,9 +154,12 @@ class _Run:
         place = Place(
             settings.bits, settings.mode == "frozen", data, comm, device, dtype, settings.seed, settings.threads
         )
-        self.source = _source(settings.mode, data, backbone, device, dtype, settings.seed)
+        self.source = _source(settings.mode, data, backbone, device, dtype)
         generator = torch.Generator().manual_seed(settings.seed)
-        self.head = module.network(self.chosen, self.source.width, settings.bits, generator).to(device, dtype)
+        head = module.network(self.chosen, self.source.width, settings.bits, generator, frozen=place.frozen)
+        self.head = head.to(device, dtype)
+        whole = nn.ModuleList([self.head] if self.source.network is None else [self.source.network, self.head])
+        self.counter = use_counter(whole, settings.seed)
         self.method: Method = module.Method(self.chosen, place)
         parameters = [*self.source.parameters(), *self.head.parameters()]
         self.optimizer = self.method.optimizer(parameters)
@@ -250,7 +253,8 @@ class _Run:
 
     def _step(self, batch: Batch, inputs: Tensor) -> None:
         """One optimiser step on one global batch."""
-        outputs = self.head(self.source.features(batch, inputs))
+        self.counter.set(batch.step, torch.from_numpy(self.data.ids[batch.rows_B[batch.own]]))
+        outputs = self.head(self.source.features(inputs, self.counter))
         loss = self.method.loss(outputs, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward.backward()  # type: ignore[no-untyped-call]
@@ -378,7 +382,7 @@ class _Features:
         """Each batch with the features [b, D] of this rank's rows."""
         return ((batch, self.evaluate(batch.rows_B[batch.own])) for batch in batches)
 
-    def features(self, batch: Batch, inputs: Tensor) -> Tensor:  # noqa: ARG002
+    def features(self, inputs: Tensor, counter: Counter) -> Tensor:  # noqa: ARG002
         """The inputs are the features."""
         return inputs
 
@@ -414,17 +418,13 @@ class _Images:
         self,
         backbone: nn.Module,
         images: Callable[[NDArray[np.int64]], Tensor],
-        ids: NDArray[np.int64],
         device: torch.device,
         dtype: torch.dtype,
-        seed: int,
     ) -> None:
         self.network = backbone.to(device)
         if dtype != torch.float32:
             self.network = self.network.to(dtype)
         self._images, self._device, self._dtype = images, device, dtype
-        self._ids = torch.from_numpy(np.array(ids))
-        self._counter: Counter = use_counter(backbone, seed)
         self.mode(train=False)
         with torch.no_grad():
             found: tuple[int, ...] = tuple(self.evaluate(np.zeros(1, np.int64)).shape)
@@ -445,10 +445,10 @@ class _Images:
             if ahead is not None:
                 yield ahead[0], ahead[1].result()
 
-    def features(self, batch: Batch, inputs: Tensor) -> Tensor:
+    def features(self, inputs: Tensor, counter: Counter) -> Tensor:
         """Features [b, D], with gradient."""
-        self._counter.set(batch.step, self._ids[torch.from_numpy(batch.rows_B[batch.own])])
-        features: Tensor = self.network(self._placed(inputs))
+        with counter.seeded(self._device):
+            features: Tensor = self.network(self._placed(inputs))
         return features
 
     def evaluate(self, rows_b: NDArray[np.int64]) -> Tensor:
@@ -481,7 +481,7 @@ class _Images:
 
 
 def _source(
-    mode: str, data: TrainingData, backbone: nn.Module | None, device: torch.device, dtype: torch.dtype, seed: int
+    mode: str, data: TrainingData, backbone: nn.Module | None, device: torch.device, dtype: torch.dtype
 ) -> _Features | _Images:
     if mode == "frozen":
         if data.features is None or len(data.features) != data.n:
@@ -492,7 +492,7 @@ def _source(
         return _Features(data.features, device, dtype)
     if data.images is None or backbone is None:
         raise InvalidInput("training from images needs the images and a backbone; give both, or train with mode frozen")
-    return _Images(backbone, data.images, data.ids, device, dtype, seed)
+    return _Images(backbone, data.images, device, dtype)
 
 
 def _identity(

@@ -5,7 +5,7 @@ A method is found by its file name in hashdist/methods. A deep method's file off
 - `NAME`, `CITATION`, and `USES`: "graph" (the neighbour graph W0) or "labels";
 - `Settings`: a frozen dataclass of its hyper-parameters, with at least `rounds`, `epochs` (per round) and `batch`
   (images of a **global** batch), and `PRESETS`, named instances of it, "paper" among them;
-- `network(settings, width, bits, generator)`: the head, from features [b, D] to a dict of outputs, of which "z"
+- `network(settings, width, bits, generator, frozen)`: the head, from features [b, D] to a dict of outputs, of which "z"
   [b, L] holds the hash layer (bit = z >= 0) and the others whatever the loss needs;
 - `Method`: a subclass of the class below: loss, optimiser, and what it keeps besides weights.
 
@@ -196,8 +196,14 @@ class MethodModule(Protocol):
     Settings: type[Any]
     Method: type[Method]
 
-    def network(self, settings: Any, width: int, bits: int, generator: torch.Generator) -> nn.Module:
-        """The head: features [b, width] -> Outputs; its initial weights depend on `generator` only."""
+    def network(
+        self, settings: Any, width: int, bits: int, generator: torch.Generator, frozen: bool = True
+    ) -> nn.Module:
+        """The head: features [b, width] -> Outputs; its initial weights depend on `generator` only.
+
+        `frozen` says how it will be trained (Place.frozen), and may only matter to layers that are the identity
+        in evaluation mode. Randomness in training only by nn.Dropout (hashdist/dropout.py replaces it).
+        """
 
 
 def known_methods() -> list[str]:

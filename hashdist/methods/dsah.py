@@ -65,6 +65,7 @@ class Settings:
         lr_decay: factor on the learning rate every `lr_decay_steps` steps; 1 = constant.
         lr_decay_steps: see lr_decay.
         update_after_last: refresh W after the last round too; nothing is trained on it, its figures are reported.
+        dropout: on the features when the backbone is trained too.
         feature_length: typical length that frozen features are scaled to after centring (64 is that of 4096
             features of variance 1); 0 = as they come, not centred either.
         gather_whole: largest global batch whose pairs every rank computes whole (recipe C); above it, own rows
@@ -87,6 +88,7 @@ class Settings:
     lr_decay: float = 1.0
     lr_decay_steps: int = 200
     update_after_last: bool = False
+    dropout: float = 0.5
     feature_length: float = 64.0
     gather_whole: int = 4096
 
@@ -104,13 +106,14 @@ PRESETS = {
 class Head(nn.Module):
     """features [b, D] -> 1000 -> L, tanh. The paper names no activation after the 1000 units, the release has none.
 
-    The paper trains the backbone too. Frozen features are centred and scaled first, which end to end is the
-    identity (docs/decisions.md, "Frozen features").
+    VGG-19's dropout behind relu7 comes first when the backbone is trained too. When it is not, features are centred
+    and scaled instead (docs/decisions.md, "Frozen features").
     """
 
-    def __init__(self, width: int, bits: int, generator: torch.Generator) -> None:
+    def __init__(self, width: int, bits: int, generator: torch.Generator, dropout: float = 0.0) -> None:
         super().__init__()
         self.standardize = Standardize(width)
+        self.dropout = nn.Dropout(dropout)
         self.hidden = nn.Linear(width, 1000)
         self.hash = nn.Linear(1000, check_bits(bits))
         for parameter in self.parameters():
@@ -119,12 +122,12 @@ class Head(nn.Module):
 
     def forward(self, features_bD: Tensor) -> Outputs:
         """{"z": tanh outputs [b, L]}."""
-        return {"z": torch.tanh(self.hash(self.hidden(self.standardize(features_bD))))}
+        return {"z": torch.tanh(self.hash(self.hidden(self.dropout(self.standardize(features_bD)))))}
 
 
-def network(settings: Settings, width: int, bits: int, generator: torch.Generator) -> nn.Module:  # noqa: ARG001
+def network(settings: Settings, width: int, bits: int, generator: torch.Generator, frozen: bool = True) -> nn.Module:
     """The head on features of any width; 4096 are VGG-19's relu7 of the paper."""
-    return Head(width, bits, generator)
+    return Head(width, bits, generator, dropout=0.0 if frozen else settings.dropout)
 
 
 # ---- section 3.4, Eqs 15-16: pair weights ("PIC") ------------------------------------------------------------------

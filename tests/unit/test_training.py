@@ -27,7 +27,7 @@ from hashdist import telemetry
 from hashdist.communicator import SingleProcess
 from hashdist.dropout import Counter, keep_mask, use_counter
 from hashdist.errors import InvalidInput
-from hashdist.methods.contract import TrainingData, find_method
+from hashdist.methods.contract import TrainingData, deep_method, find_method
 from hashdist.order import permutation
 from hashdist.standardize import Standardize
 from hashdist.training import Checkpoint, Trained, train
@@ -215,7 +215,7 @@ def test_batch_norm_keeps_its_statistics_and_dropout_is_at_work() -> None:
     assert not torch.equal(trained.backbone.convolution.weight, backbone().convolution.weight)
     without = backbone()
     without.classifier[0], without.classifier[3] = nn.Identity(), nn.Identity()
-    settings = replace(tiny_settings(checkpoint_steps=3), mode="images")
+    settings = replace(tiny_settings(checkpoint_steps=3, dropout=0.0), mode="images")
     other = run(ALONE, pictures(), settings, backbone=without)
     assert not torch.equal(trained.network.state_dict()["hash.weight"], other.network.state_dict()["hash.weight"])
 
@@ -249,6 +249,51 @@ def test_counter_dropout_scales_what_it_keeps_and_is_the_identity_in_evaluation(
     kept = dropped != 0
     assert torch.allclose(dropped[kept], whole[kept] / 0.8)
     assert 0.7 < float(kept.float().mean()) < 0.9
+
+
+class StochasticDepth(nn.Module):
+    """Looks like torchvision's."""
+
+    p, mode = 0.3, "row"
+
+
+def test_branches_are_dropped_for_whole_images() -> None:
+    network = nn.Sequential(StochasticDepth())
+    counter = use_counter(network, 0)
+    counter.set(0, torch.arange(500))
+    dropped = network(torch.ones(500, 2, 3, 4)).flatten(1)
+    assert ((dropped == 0).all(1) | torch.isclose(dropped, torch.tensor(1 / 0.7)).all(1)).all()
+    assert float((dropped[:, 0] == 0).float().mean()) == pytest.approx(0.3, abs=0.06)
+
+
+def test_other_randomness_of_a_backbone_follows_the_step_and_leaves_the_generator_alone() -> None:
+    class Noisy(Pictures):
+        def forward(self, images: Tensor) -> Tensor:
+            found = super().forward(images)
+            return found + torch.rand_like(found) if self.training else found
+
+    def noisy(**more: Any) -> Trained:
+        network = Noisy()
+        network.load_state_dict(FRESH.state_dict())
+        return run(ALONE, pictures(), settings, backbone=network, **more)
+
+    settings = replace(tiny_settings(checkpoint_steps=3), mode="images")
+    saved: list[Checkpoint] = []
+    full = noisy(save=saved.append)
+    assert same_bits(weights(noisy(resume=through_file(saved[2]))), weights(full))
+    counter, before = Counter(1), torch.random.get_rng_state()
+    with counter.seeded(torch.device("cpu")):
+        first = torch.rand(3)
+    with counter.seeded(torch.device("cpu")):
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_heads_have_the_papers_dropout_only_with_a_backbone_in_training() -> None:
+    module = deep_method(find_method("dsah"))
+    for frozen, rate in ((True, 0.0), (False, 0.5)):
+        head = module.network(module.PRESETS["paper"], 4, 8, torch.Generator(), frozen)
+        assert [m.p for m in head.modules() if isinstance(m, nn.Dropout)] == [rate]
 
 
 def test_images_are_asked_for_by_row_in_order_and_padded_blocks_repeat_the_last() -> None:

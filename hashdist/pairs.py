@@ -3,7 +3,7 @@
 The convention everywhere in hashdist: every rank computes a loss whose gradients, **summed** over the ranks, are
 the gradient of the loss of the whole global batch. No world size appears in any method: a pair term is divided
 by B^2, a per-image term by B, never by the rows of one rank. (DDP averages instead, so that recipes written for
-it carry a factor G; docs/decisions.md, "Gradients over ranks".) The recipes' letters are those of that page:
+it carry a factor G; docs/decisions.md, D15, H4 and H7.) Two recipes are used:
 
 - C: gather without gradient, put the own live rows in their place (`with_own_rows`), compute the whole loss on
   every rank. The live rows take both roles of a pair, so that the sum over the ranks is exact. B^2 work per rank.

@@ -1,4 +1,4 @@
-"""The similarity matrix W of DSAH without a matrix: exact at any n (docs/decisions.md, "Implicit W").
+"""The similarity matrix W of DSAH without a matrix: exact at any n (docs/decisions.md, D6 and S5).
 
 W only grows, and one threshold a round decides for all pairs, so w_ij = +1 iff (i, j) is in W0, or i = j, or a
 past round t had cos(z_i^t, z_j^t) >= m^t. Kept are W0 as sparse rows and, for each past round, the embeddings and

@@ -2,7 +2,7 @@
 
 The papers fine-tune the backbone, which can move its features where the head wants them; frozen ones stay where they
 are. On features that are not centred (a ReLU's never are) all codes start on one side, and DSAH at 16 bits never
-left that state on CIFAR-10 (docs/decisions.md, "Frozen features").
+left that state on CIFAR-10 (docs/decisions.md, H6).
 """
 
 import numpy as np

@@ -107,7 +107,7 @@ class Head(nn.Module):
     """features [b, D] -> 1000 -> L, tanh. The paper names no activation after the 1000 units, the release has none.
 
     VGG-19's dropout behind relu7 comes first when the backbone is trained too. When it is not, features are centred
-    and scaled instead (docs/decisions.md, "Frozen features").
+    and scaled instead (docs/decisions.md, H6).
     """
 
     def __init__(self, width: int, bits: int, generator: torch.Generator, dropout: float = 0.0) -> None:

@@ -1,7 +1,7 @@
 """Dropout whose masks depend on (seed, step, image id, layer, unit) and on nothing else.
 
-(docs/decisions.md, H8.) A generator per rank would give every world size other masks, and a resumed run would have to carry its state.
-Counter-based masks need neither: any rank can compute any image's mask at any time.
+A generator per rank would give every world size other masks, and a resumed run would have to carry its state.
+Counter-based masks need neither: any rank can compute any image's mask at any time (docs/decisions.md, H8).
 
 Two kinds of layer are replaced: nn.Dropout, and torchvision's StochasticDepth, which drops a branch for whole images.
 Whatever else a network draws comes from torch's own generator, which `Counter.seeded` sets for one forward pass by

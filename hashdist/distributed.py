@@ -51,6 +51,7 @@ def session(settings: ClusterSettings) -> Iterator[None]:
                 num_cpus=settings.cpus or max(4, os.cpu_count() or 4),
                 object_store_memory=settings.object_store_mb << 20,
                 include_dashboard=False,
+                _node_ip_address="127.0.0.1",
                 logging_level=logging.WARNING,
                 log_to_driver=False,
                 _temp_dir=folder,

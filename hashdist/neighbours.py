@@ -1,4 +1,4 @@
-"""Exact cosine neighbours, and DSAH's shared-neighbour graph W0 made from them (methods.md 1.2, 2.2, 6.4).
+"""Exact cosine neighbours, and DSAH's shared-neighbour graph W0 made from them (docs/decisions.md, D4 and S18).
 
 **The similarity.** For rows x, y of float16 or float32, with d = x.y, a = x.x, b = y.y taken in float64 over 32
 interleaved lanes that are then added in halves (lane l sums the elements l, l + 32, ...; 16 + 16, 8 + 8, ...),
@@ -57,7 +57,6 @@ _QUERIES = 16_384  # queries searched at once
 _UNIT_ROUNDOFF = 2.0**-24
 _BINS = 256  # of the histogram that finds a list's cut
 _TILE_BYTES = 8 << 20  # rows of the base that stay in the cache while entries are computed again
-_SIGN = np.uint32(1 << 31)
 _BELOW_ALL = np.float32(-2)  # under every score
 _NEVER = np.float32(-3)  # under every floor
 _LAST_ROW = np.int32(2**31 - 1)  # no row has this number
@@ -521,20 +520,32 @@ def _settle(p, kth, scores, rows, held, k, slack, exact):  # type: ignore[no-unt
             scores[p, c], scores[p, sure] = scores[p, sure], scores[p, c]
             rows[p, c], rows[p, sure] = rows[p, sure], rows[p, c]
             sure += 1
+    lists, order = np.empty(count - sure, np.int64), np.empty(count - sure, np.int64)
+    for c in range(count - sure):
+        lists[c], order[c] = p, c
     values = np.empty(count - sure)
-    _exact(np.full(count - sure, p), rows[p, sure:count], np.arange(count - sure), values, exact)
-    order = _by_similarity(values, rows[p, sure:count])[: k - sure] + sure
-    best_scores, best_rows = scores[p][order], rows[p][order]
-    scores[p, sure:k] = best_scores
-    rows[p, sure:k] = best_rows
+    _exact(lists, rows[p, sure:count], order, values, exact)
+    _sort_pairs(values, rows[p, sure:count])
+    for c in range(sure, k):
+        scores[p, c] = values[c - sure]  # s itself is within e of s
     held[p] = k
 
 
 @_compiled
-def _by_similarity(values, rows):  # type: ignore[no-untyped-def]
-    """Order by (value descending, row ascending)."""
-    by_row = np.argsort(rows, kind="mergesort")
-    return by_row[np.argsort(-values[by_row], kind="mergesort")]
+def _sort_pairs(values, rows):  # type: ignore[no-untyped-def]
+    """Sort by (value descending, row ascending), in place (Shell's sort: short to compile, fast on short runs)."""
+    gap = 1
+    while gap < len(rows) // 3:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for c in range(gap, len(rows)):
+            value, row = values[c], rows[c]
+            at = c
+            while at >= gap and (values[at - gap] < value or (values[at - gap] == value and rows[at - gap] > row)):
+                values[at], rows[at] = values[at - gap], rows[at - gap]
+                at -= gap
+            values[at], rows[at] = value, row
+        gap //= 3
 
 
 @_compiled
@@ -575,43 +586,12 @@ def _offer_columns(block, first_list, first_row, scores, rows, held, floors, k, 
 
 
 @_compiled
-def _sort_list(p, scores, rows, held):  # type: ignore[no-untyped-def]
-    """Sort a list by (score descending, row ascending), score and row as one integer."""
-    count = held[p]
-    keys = np.empty(count, np.uint64)
-    words = scores[p, :count].view(np.uint32)
-    for c in range(count):
-        falling = words[c] if words[c] & _SIGN else ~words[c] & ~_SIGN
-        keys[c] = (np.uint64(falling) << np.uint64(32)) | np.uint64(rows[p, c])
-    keys.sort()
-    for c in range(count):
-        falling = np.uint32(keys[c] >> np.uint64(32))
-        words[c] = falling if falling & _SIGN else ~falling & ~_SIGN
-        rows[p, c] = np.int32(keys[c] & np.uint64(0xFFFFFFFF))
-
-
-@_compiled
 def _run_end(ordered, start, count, slack):  # type: ignore[no-untyped-def]
     """End of the run of scores from `start` that rounding may have put in the wrong order."""
     end = start + 1
     while end < count and ordered[end - 1] - ordered[end] <= slack:
         end += 1
     return end
-
-
-@_compiled
-def _order_run(values, rows):  # type: ignore[no-untyped-def]
-    """Sort rows by (value descending, row ascending), in place."""
-    if len(rows) > 32:
-        rows[:] = rows[_by_similarity(values, rows)]
-        return
-    for c in range(1, len(rows)):
-        value, row = values[c], rows[c]
-        at = c
-        while at > 0 and (values[at - 1] < value or (values[at - 1] == value and rows[at - 1] > row)):
-            values[at], rows[at] = values[at - 1], rows[at - 1]
-            at -= 1
-        values[at], rows[at] = value, row
 
 
 @_compiled
@@ -640,7 +620,7 @@ def _finish(first, stop, out, tile, scores, rows, held, _floors, k, slack, exact
     for p in range(first, stop):
         kth = _kth_largest(scores[p, : held[p]].copy(), held[p], k)
         _drop_below(p, kth - slack, scores, rows, held)
-        _sort_list(p, scores, rows, held)
+        _sort_pairs(scores[p, : held[p]], rows[p, : held[p]])
         unsure += held[p]
     lists, columns = np.empty(unsure, np.int64), np.empty(unsure, np.int32)
     unsure = 0
@@ -662,7 +642,7 @@ def _finish(first, stop, out, tile, scores, rows, held, _floors, k, slack, exact
         while start < k:
             end = _run_end(scores[p], start, held[p], slack)
             if end - start > 1:
-                _order_run(values[done : done + end - start], rows[p, start:end])
+                _sort_pairs(values[done : done + end - start], rows[p, start:end])
                 done += end - start
             start = end
         out[p] = rows[p, :k]
@@ -713,7 +693,7 @@ def shared_neighbour_ranking(
 
     Order: (c_ij descending, place of j in N(i) ascending, absent last, j ascending). Images without overlap are never
     listed, so a row may hold fewer than k2. N(i) includes i, whose overlap with itself is greatest, so i is always
-    the first and takes one of the k2 places (methods.md 1.2 and 2.2, decision D4).
+    the first and takes one of the k2 places (docs/decisions.md, D1 and D4).
 
     Args:
         neighbours_NK: int32 [n, k1] as `self_nearest` gives them; may be memory-mapped.
@@ -765,7 +745,7 @@ def initial_similarity(
 
 
 def symmetric(w: Sparse, how: Literal["or", "and", "none"]) -> Sparse:
-    """W or its transpose (methods.md 2.2, the default), W and its transpose, or W itself. O(edges) memory."""
+    """W or its transpose (the default, D4), W and its transpose, or W itself. O(edges) memory."""
     if how == "none":
         return w
     n = len(w.indptr) - 1
@@ -847,26 +827,24 @@ def _rank_overlap(first, neighbours, indptr, rows, one, out_rows, out_counts):  
     histogram = np.zeros(k + 2, np.int64)
     buffer = np.empty(n + 1, np.int32)
     own = np.empty(k + 1, np.int32)
+    worth = np.empty(k2, np.int64)
     for m in range(out_rows.shape[0]):
         i = first + m
         _count_overlap(i, neighbours, indptr, rows, counts)
-        own[0], own[1:] = i, neighbours[i]
         for c in range(k + 1):
+            own[c] = neighbours[i, c - 1] if c else i
             place[own[c]] = c
         # the members of N(i) alone reach this cut, so nothing below it matters
         least = max(one, counts.dtype.type(_cut_of(own, counts, k2, histogram)[0])) if k2 <= k + 1 else one
         candidates = _at_least(counts, least, buffer)
         cut, places = _cut_of(candidates, counts, k2, histogram)
         chosen = _above_and_at(candidates, counts, cut, places, place, k + 1)
-        keys = np.empty(len(chosen), np.uint64)
         for c in range(len(chosen)):
-            j = chosen[c]
-            behind = np.uint64((k + 1 - np.int64(counts[j])) * (k + 2) + place[j])
-            keys[c] = (behind << np.uint64(32)) | np.uint64(j)
-        keys.sort()
-        for c in range(len(keys)):
-            out_rows[m, c] = np.int32(keys[c] & np.uint64(0xFFFFFFFF))
-            out_counts[m, c] = counts[out_rows[m, c]]
+            worth[c] = np.int64(counts[chosen[c]]) * (k + 2) - place[chosen[c]]
+        _sort_pairs(worth[: len(chosen)], chosen)
+        for c in range(len(chosen)):
+            out_rows[m, c] = chosen[c]
+            out_counts[m, c] = counts[chosen[c]]
         for c in range(k + 1):
             place[own[c]] = k + 1
 
@@ -874,49 +852,38 @@ def _rank_overlap(first, neighbours, indptr, rows, one, out_rows, out_counts):  
 @_compiled
 def _above_and_at(candidates, counts, cut, places, place, absent):  # type: ignore[no-untyped-def]
     """Candidates above the cut, and the first `places` of those at it by (place, number); in any order."""
-    above, at = np.empty(len(candidates) + 1, np.int32), np.empty(len(candidates) + 1, np.int32)
-    count, tied = 0, 0
+    chosen, members = np.empty(len(candidates) + places, np.int32), np.empty(len(candidates), np.int32)
+    count, listed = 0, 0
     for j in candidates:
-        above[count] = j
-        count += counts[j] > cut
-        at[tied] = j
-        tied += counts[j] == cut
-    _take_first(at[:tied], place, absent, places)
-    taken = min(tied, places)
-    above[count : count + taken] = at[:taken]
-    return above[: count + taken]
-
-
-@_compiled
-def _take_first(rows, place, absent, wanted):  # type: ignore[no-untyped-def]
-    """Bring the first `wanted` of `rows` (ascending) by (place, row) to the front, in any order among themselves."""
-    if len(rows) <= wanted:
-        return
-    members = np.empty(len(rows), np.uint64)
-    count = 0
-    for c in range(len(rows)):
-        if place[rows[c]] != absent:
-            members[count] = (np.uint64(place[rows[c]]) << np.uint64(32)) | np.uint64(rows[c])
+        if counts[j] > cut:
+            chosen[count] = j
             count += 1
-    members[:count].sort()
-    others = np.empty(max(0, wanted - count), np.int32)
-    filled = 0
-    for c in range(len(rows)):
-        if filled == len(others):
+        elif counts[j] == cut and place[j] != absent:
+            members[listed] = j
+            listed += 1
+    earliness = np.empty(listed, np.int64)
+    for c in range(listed):
+        earliness[c] = -place[members[c]]
+    _sort_pairs(earliness, members[:listed])
+    for c in range(min(listed, places)):
+        chosen[count + c] = members[c]
+    count += min(listed, places)
+    places -= listed
+    for j in candidates:
+        if places <= 0:
             break
-        if place[rows[c]] == absent:
-            others[filled] = rows[c]
-            filled += 1
-    for c in range(min(count, wanted)):
-        rows[c] = np.int32(members[c] & np.uint64(0xFFFFFFFF))
-    for c in range(filled):
-        rows[count + c] = others[c]
+        if counts[j] == cut and place[j] == absent:
+            chosen[count] = j
+            count += 1
+            places -= 1
+    return chosen[:count]
 
 
 @_compiled
 def _intersect(first, neighbours, ranked, degrees, indices):  # type: ignore[no-untyped-def]
     """Rows of both N(i) and the ranking, without i, ascending; returns how many in all."""
     inside = np.zeros(len(neighbours), np.bool_)
+    equal = np.zeros(ranked.shape[1], np.int64)
     total = 0
     for m in range(len(ranked)):
         for c in range(neighbours.shape[1]):
@@ -926,7 +893,7 @@ def _intersect(first, neighbours, ranked, degrees, indices):  # type: ignore[no-
             if ranked[m, c] >= 0 and inside[ranked[m, c]]:
                 indices[total] = ranked[m, c]
                 total += 1
-        indices[start:total].sort()
+        _sort_pairs(equal[: total - start], indices[start:total])
         degrees[m] = total - start
         for c in range(neighbours.shape[1]):
             inside[neighbours[first + m, c]] = False

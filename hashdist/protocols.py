@@ -1,8 +1,8 @@
 """Which images are queries, training set and database: the papers' splits as pure functions of (ids, labels, seed).
 
 Images are drawn in the order of a keyed hash of their ids, so a split depends neither on the order of rows nor on
-numpy's generators, and another seed draws other images. Counts are those of methods.md 5.2; the training set lies
-inside the database, queries never do.
+numpy's generators, and another seed draws other images. Counts are the papers'; the training set lies inside the
+database, queries never do.
 
 | name | queries | training | database |
 |---|---|---|---|
@@ -17,7 +17,8 @@ inside the database, queries never do.
 | uniform:Q:T | Q | T | all but queries |
 | uniform | 1000 | all but queries | all but queries |
 
-nus-21 counts an image under the first of its labels. The release of DDH states 1000 queries and 10000 training images in all; a class's share is inferred (methods.md 1.5).
+nus-21 counts an image under the first of its labels. The release of DDH states 10000 training images in all, its
+sibling BGAN 1000 queries; a class's share is inferred.
 """
 
 import hashlib

@@ -1,0 +1,294 @@
+"""graph: which images are trained on, their exact cosine neighbours, and DSAH's initial similarity W0.
+
+Rows are the sample's images by ascending id. Work goes in parts, each a Ray task with a create-only record: the sample
+(part 0), the neighbours of a run of rows, all neighbours in one file, W0 of a run of rows, W0 in one file. Tasks read
+what parts before them committed, mapped into memory where the store is on their machine. A record of the plan says
+how long the runs are, so a second run with other resources goes on where the first one stopped.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hashdist import distributed, neighbours, telemetry
+from hashdist.errors import InvalidInput
+from hashdist.order import blocks
+from hashdist.progress import say
+from hashdist.protocols import needs_labels, split
+from hashdist.schema import OK, from_vectors
+from hashdist.settings import GraphSettings, Settings
+from hashdist.snapshots import read_vectors
+from hashdist.store import Store, open_store
+from hashdist.store.commit import (
+    Artefact,
+    artefact,
+    create_record,
+    open_artefact,
+    read_file,
+    write_file,
+    write_table,
+)
+
+KIND = "graphs"
+REVISION = 1
+
+PLAN = "plan.json"
+_MOST_NEIGHBOURS = 500
+_SHARE = 20  # 1 / 5 % of the sample
+_BATCH = 50  # of the paper
+_FEWEST_POSITIVES = 20  # expected positive pairs of a batch, below which training starves of them
+
+
+def snapshot(settings: Settings, features: Artefact) -> Artefact:
+    """Where the graph of these features lives, committed or not.
+
+    Args:
+        settings: of the run.
+        features: committed features.
+    """
+    if settings.graph.snapshot:
+        return open_artefact(settings.graph.snapshot, KIND)
+    return artefact(
+        open_store(settings.root),
+        KIND,
+        inputs={"features": features.name},
+        settings=settings.graph.identity(),
+        revision=REVISION,
+        salt=settings.fresh,
+    )
+
+
+def run(settings: Settings, features: Artefact) -> dict[str, Any]:
+    """Make every part that has no record yet and commit the graph.
+
+    Raises:
+        InvalidInput: too few images with features for the sample or for k, no labels for a protocol that needs them.
+    """
+    started = time.perf_counter()
+    graph = snapshot(settings, features)
+    if graph.exists():
+        return _result(graph, started, skipped=True)
+    chosen = settings.graph
+    ids = _sample(chosen, features)
+    k1, k2 = _sizes(chosen, len(ids), features)
+    plan, _ = create_record(graph.store, PLAN, {"part_rows": max(1, chosen.part_rows)})
+    work = _Work(graph, features, ids, k1, k2, chosen.symmetrize, chosen.threads, plan["part_rows"], {})
+    records = _run_phases(work, chosen)
+    graph.publish(_manifest(chosen, work, records))
+    _warn_of_starvation(graph)
+    return _result(graph, started, skipped=False)
+
+
+def _sample(chosen: GraphSettings, features: Artefact) -> NDArray[np.int64]:
+    """Ids of the images to train on, ascending."""
+    table = read_vectors(features, ["id", "status", *(["labels"] if chosen.protocol else [])])
+    table = table.filter(pa.compute.equal(table["status"], OK))
+    ids: NDArray[np.int64] = table["id"].to_numpy()
+    if chosen.protocol:
+        labels = table["labels"].to_pylist() if needs_labels(chosen.protocol) else None
+        return ids[split(chosen.protocol, ids, labels, chosen.protocol_seed).train]
+    return ids[: chosen.train_sample]
+
+
+def _sizes(chosen: GraphSettings, n: int, features: Artefact) -> tuple[int, int]:
+    """k1 and k2 for n images."""
+    if n < 2:
+        raise InvalidInput(
+            f"a graph needs at least 2 images with a feature in its sample, found {n} in {features.uri} "
+            f"({features.manifest()['failed']} rows of it have none); add images or raise graph.train_sample"
+        )
+    k1 = chosen.neighbours or max(1, min(_MOST_NEIGHBOURS, n // _SHARE))
+    k2 = chosen.shared or k1
+    if not 1 <= k1 < n or k2 < 1:
+        raise InvalidInput(
+            f"graph.neighbours must lie between 1 and n - 1 = {n - 1} and graph.shared be at least 1, found {k1} and "
+            f"{k2}; choose fewer neighbours or more images (graph.train_sample = {chosen.train_sample})"
+        )
+    return k1, k2
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the tasks need; called with a part's number, does that part and returns its record.
+
+    Parts: 0 the sample, then for each run of rows its neighbours, then their join, then for each run of rows its W0,
+    then the join of those. `records` are those of the phases before.
+    """
+
+    graph: Artefact
+    features: Artefact
+    ids: NDArray[np.int64]
+    k1: int
+    k2: int
+    symmetrize: Literal["or", "and", "none"]
+    threads: int
+    part_rows: int
+    records: dict[int, dict[str, Any]]
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        return list(blocks(len(self.ids), self.part_rows))
+
+    def phases(self) -> list[tuple[str, list[int]]]:
+        """Names and parts of the phases, each reading what the ones before it committed."""
+        count = len(self.runs)
+        near, shared = range(1, count + 1), range(count + 2, 2 * count + 2)
+        joined = [("joining neighbours", [count + 1]), ("shared neighbours", [*shared])]
+        return [("sample", [0]), ("neighbours", [*near]), *joined, ("joining W0", [2 * count + 2])]
+
+    def __call__(self, part: int) -> dict[str, Any]:
+        count = len(self.runs)
+        if part == 0:
+            return _write_sample(self)
+        if part <= count:
+            return _nearest(self, *self.runs[part - 1])
+        if part == count + 1:
+            return _join_neighbours(self)
+        if part <= 2 * count + 1:
+            return _initial_similarity(self, *self.runs[part - count - 2])
+        return _join_similarity(self)
+
+
+def _run_phases(work: _Work, chosen: GraphSettings) -> dict[int, dict[str, Any]]:
+    cores = max(1, min(chosen.threads, distributed.cpus()))
+    at_once = chosen.workers or max(1, distributed.cpus() // cores)
+    records: dict[int, dict[str, Any]] = {}
+    for phase, parts in work.phases():
+        task = replace(work, records=records)
+        label = f"graph: {phase}"
+        found = distributed.run_parts(work.graph, parts, task, label=label, at_once=at_once, num_cpus=cores)
+        records = {**records, **found}
+    return records
+
+
+# The parts, as they run in a Ray task
+
+
+def _write_sample(work: _Work) -> dict[str, Any]:
+    """The sample's ids, features and labels."""
+    table = read_vectors(work.features, ["id", "key", "labels", "feature"], work.ids)
+    rows = table.select(["id", "key", "labels"])
+    labelled = table["labels"].null_count < len(table)
+    return {
+        "ids": _write(work.graph, work.ids),
+        "features": _write(work.graph, from_vectors(table["feature"], table.schema)),
+        "labels": write_table(work.graph.store, work.graph.new_name(".parquet"), rows) if labelled else None,
+    }
+
+
+def _nearest(work: _Work, start: int, stop: int) -> dict[str, Any]:
+    """Neighbours of rows start to stop among all."""
+    began = time.perf_counter()
+    features_ND = _read(work.graph.store, work.records[0]["features"])
+    found = neighbours.self_nearest(features_ND, work.k1, rows=(start, stop), threads=work.threads)
+    telemetry.GRAPH_SECONDS.observe(time.perf_counter() - began)
+    return {"neighbours": _write(work.graph, found.rows_MK), "rescored": found.rescored}
+
+
+def _join_neighbours(work: _Work) -> dict[str, Any]:
+    entries = [work.records[1 + run]["neighbours"] for run in range(len(work.runs))]
+    if len(entries) == 1:
+        return {"neighbours": entries[0]}
+    return {"neighbours": _write(work.graph, np.concatenate([_read(work.graph.store, entry) for entry in entries]))}
+
+
+def _initial_similarity(work: _Work, start: int, stop: int) -> dict[str, Any]:
+    """W0 of rows start to stop, not yet symmetric."""
+    neighbours_NK = _read(work.graph.store, work.records[len(work.runs) + 1]["neighbours"])
+    inverted = neighbours.inverted_lists(neighbours_NK)
+    w = neighbours.initial_similarity(neighbours_NK, inverted, work.k2, (start, stop), threads=work.threads)
+    return {"indptr": _write(work.graph, w.indptr), "indices": _write(work.graph, w.indices)}
+
+
+def _join_similarity(work: _Work) -> dict[str, Any]:
+    records = [work.records[len(work.runs) + 2 + run] for run in range(len(work.runs))]
+    degrees = [np.diff(_read(work.graph.store, record["indptr"])) for record in records]
+    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(degrees))])
+    indices = np.concatenate([_read(work.graph.store, record["indices"]) for record in records])
+    w = neighbours.symmetric(neighbours.Sparse(indptr, indices), work.symmetrize)
+    files = {"w0_indptr": _write(work.graph, w.indptr), "w0_indices": _write(work.graph, w.indices)}
+    return {**files, "edges": len(w.indices)}
+
+
+def _write(graph: Artefact, array: NDArray[Any]) -> dict[str, Any]:
+    """An array as a .npy file of the graph."""
+    buffer = BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return write_file(graph.store, graph.new_name(".npy"), buffer.getbuffer(), rows=len(array))
+
+
+def _read(store: Store, entry: dict[str, Any]) -> NDArray[Any]:
+    """An array that `_write` wrote: mapped where it lies on this machine, else fetched once a process."""
+    path = store.local_path(entry["path"])
+    if path is not None:
+        mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return mapped
+    return _fetch(store.uri, entry["path"], entry["sha256"], entry["bytes"])
+
+
+@lru_cache(maxsize=2)
+def _fetch(uri: str, path: str, sha256: str, size: int) -> NDArray[Any]:
+    data = read_file(open_store(uri), {"path": path, "sha256": sha256, "bytes": size})
+    array: NDArray[Any] = np.load(BytesIO(data), allow_pickle=False)
+    return array
+
+
+# What is published
+
+
+def _manifest(chosen: GraphSettings, work: _Work, records: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    count = len(work.runs)
+    sample, near, similarity = records[0], records[count + 1], records[2 * count + 2]
+    n = len(work.ids)
+    return {
+        "stage": "graph",
+        "inputs": {"features": {"uri": work.features.uri, "digest": work.features.name}},
+        "settings": chosen.identity(),
+        "rows": n,
+        "failed": 0,
+        "n": n,
+        "k1": work.k1,
+        "k2": work.k2,
+        "edges": similarity["edges"],
+        "rescored": sum(records[part]["rescored"] for part in range(1, count + 1)),
+        "files": {
+            "ids": sample["ids"],
+            "features": sample["features"],
+            "labels": sample["labels"],
+            "neighbours": near["neighbours"],
+            "w0_indptr": similarity["w0_indptr"],
+            "w0_indices": similarity["w0_indices"],
+        },
+    }
+
+
+def _warn_of_starvation(graph: Artefact) -> None:
+    """Say so where a uniform batch of the paper's size holds hardly a positive pair."""
+    manifest = graph.manifest()
+    n, edges = manifest["n"], manifest["edges"]
+    expected = _BATCH * (_BATCH - 1) * edges / (n * (n - 1))
+    if expected < _FEWEST_POSITIVES:
+        say(
+            f"warning: a uniform batch of {_BATCH} of these {n} images holds {expected:.1f} positive pairs on average, "
+            f"at least {_FEWEST_POSITIVES} are wanted; train on fewer images (graph.train_sample), raise "
+            f"graph.neighbours, or use neighbour batches where the method offers them"
+        )
+
+
+def _result(graph: Artefact, started: float, *, skipped: bool) -> dict[str, Any]:
+    manifest = graph.manifest()
+    return {
+        "stage": "graph",
+        "snapshot": graph.uri,
+        "rows": manifest["rows"],
+        "failed": manifest["failed"],
+        "seconds": time.perf_counter() - started,
+        "skipped": skipped,
+        **{name: manifest[name] for name in ("n", "k1", "k2", "edges")},
+    }

@@ -13,14 +13,15 @@ the same whatever is beside it.
 
 Features of networks are stored as float16: they were made in float16 or pass through a nonlinearity that leaves about
 three digits of meaning, the rounding (2**-11, relative) moves a cosine by about 1e-7, and everything downstream reads
-half the bytes. Pixels are stored as float32: k/255 has no exact float16, they are few, and they are used for checks.
+half the bytes. Where a trial shows that float16 does not hold them (untrained networks can give 1e-10), they are stored
+as float32. Pixels are stored as float32: k/255 has no exact float16, they are few, and they are used for checks.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from hashdist.networks import (
     open_network,
     plain_preprocess,
     spec_settings,
+    warn_of_random,
     weights_digest,
 )
 from hashdist.settings import FeatureSettings
@@ -63,7 +65,7 @@ class Backbone:
         width: D.
         dtype: of the features, float16 or float32; see the head of this file.
         batch: rows of the one shape that the network is run on.
-        precision: float32 or float16, of the arithmetic.
+        precision: of the arithmetic.
         weights_digest: of the float32 weights; empty without weights.
         notes: what was decided on the way and why, for the manifest.
         spec: JSON; with the weights, everything that is needed to build it again (`spec_settings`).
@@ -76,14 +78,16 @@ class Backbone:
         self._preprocess = made.preprocess
         self.width, self.weights_digest = made.width, weights_digest(made)
         self.notes: list[str] = []
+        self.dtype: np.dtype[Any]
+        self.precision: Precision
         raw = settings.backbone == PIXELS
-        self.dtype = np.dtype(np.float32 if raw else np.float16)
         self.batch = settings.batch if raw or device != "cpu" else cut_batch(made, settings.batch)
-        self._network = made if raw else self._fast(made)
-        self.precision: Precision = "float32"
+        self.dtype, self.precision = np.dtype(np.float32), "float32"
+        self._network = made
         if not raw:
-            with _threads(threads):
-                self.precision = self._choose(settings.precision)
+            self._network = self._fast(made)
+            with _threads(threads), torch.inference_mode():
+                self._choose(settings.precision)
         self.spec: dict[str, Any] = {
             "backbone": settings.backbone,
             "tap": made.tap,
@@ -139,46 +143,66 @@ class Backbone:
         fast.body = folded.to(memory_format=torch.channels_last)
         return fast.to(self._device)
 
-    def _choose(self, wanted: str) -> Precision:
-        """The precision of the arithmetic; leaves the network in it."""
+    def _choose(self, wanted: str) -> None:
+        """Set how features are stored and in which precision they are made, by trial on made-up pictures."""
+        count = min(_CHECK_IMAGES, self.batch)
+        images = self._padded(check_images(count, self._preprocess.size))
+        exact_nD = self._run(self._network, images, "float32")[:count]
+        stored = agreement(exact_nD.half(), exact_nD)
+        if stored.good:
+            self.dtype = np.dtype(np.float16)
+        else:
+            self.notes.append(f"stored as float32: float16 does not hold the features ({stored})")
         if wanted == "float32":
-            return "float32"
+            return
         if wanted == "auto" and self._device.type == "cpu" and not has_float16():
             self.notes.append("float32: this CPU has no AVX512-FP16")
-            return "float32"
-        cosine, finite = self._check()
-        if finite and cosine >= LEAST_COSINE:
-            self.notes.append(f"float16: mean cosine {cosine:.6f} to float32 on {_CHECK_IMAGES} test images")
-            if self._device.type == "cpu":
-                self._network.body.half()
-            return "float16"
-        found = f"mean cosine {cosine:.6f}, {'all' if finite else 'not all'} values finite"
-        if wanted == "float16":
+            return
+        self._try_float16(images, exact_nD, required=wanted == "float16")
+
+    def _try_float16(self, images: Tensor, exact_nD: Tensor, *, required: bool) -> None:
+        half = copy.deepcopy(self._network)
+        if self._device.type == "cpu":
+            half.body.half()
+        try:
+            found = agreement(self._run(half, images, "float16")[: len(exact_nD)], exact_nD)
+        except RuntimeError as error:
+            found = Agreement(0.0, False, f"it cannot run: {error}")
+        if found.good:
+            self.notes.append(f"float16: {found} on {len(exact_nD)} made-up pictures")
+            self._network, self.precision = half, "float16"
+        elif required:
             raise InvalidInput(
                 f"float16 must agree with float32 (mean cosine at least {LEAST_COSINE}, all values finite), found "
                 f"{found}; use --features.precision float32"
             )
-        self.notes.append(f"float32: float16 does not agree ({found})")
-        return "float32"
+        else:
+            self.notes.append(f"float32: float16 does not agree ({found})")
 
-    def _check(self) -> tuple[float, bool]:
-        """Mean cosine of float16 features to float32 ones on made-up images, and whether all are finite."""
-        images = self._padded(check_images(min(_CHECK_IMAGES, self.batch), self._preprocess.size))
-        count = min(_CHECK_IMAGES, self.batch)
-        half = self._network
-        if self._device.type == "cpu":
-            half = copy.deepcopy(self._network)
-            half.body.half()
-        with torch.inference_mode():
-            exact_nD = self._run(self._network, images, "float32")[:count]
-            try:
-                found_nD = self._run(half, images, "float16")[:count]
-            except RuntimeError as error:
-                self.notes.append(f"float16 cannot run: {error}")
-                return 0.0, False
-            stored_nD = found_nD.half().float()
-            cosine = nn.functional.cosine_similarity(stored_nD, exact_nD).mean()
-        return float(cosine), bool(stored_nD.isfinite().all())
+
+class Agreement(NamedTuple):
+    """How close features are to the exact ones: their mean cosine, and whether all are finite."""
+
+    cosine: float
+    finite: bool
+    remark: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether one may stand for the other."""
+        return self.finite and self.cosine >= LEAST_COSINE
+
+    def __str__(self) -> str:
+        return self.remark or f"mean cosine {self.cosine:.6f}{'' if self.finite else ', not all values finite'}"
+
+
+def agreement(found_nD: Tensor, exact_nD: Tensor) -> Agreement:
+    """Compare features; in float64, so that nothing is lost on the way."""
+    a, b = found_nD.double(), exact_nD.double()
+    lengths = a.norm(dim=1) * b.norm(dim=1)
+    # two zero vectors agree, a zero and another one do not
+    cosines = torch.where(lengths > 0, (a * b).sum(1) / lengths, (a == b).all(1).double())
+    return Agreement(float(cosines.mean()), bool(a.isfinite().all()))
 
 
 def build_backbone(
@@ -196,6 +220,8 @@ def build_backbone(
         InvalidInput: unknown names, weights that do not fit, or float16 asked for where it does not agree with
             float32. NotFound, Unavailable: the weights.
     """
+    if state is None:
+        warn_of_random(settings)
     return Backbone(open_network(settings, state), settings, threads=threads, device=device)
 
 
@@ -240,11 +266,11 @@ def largest_activation(made: Network) -> int:
 
 
 def fold_batch_norm(body: nn.Module) -> tuple[nn.Module, str]:
-    """The body in evaluation mode with every batch norm that follows a convolution folded into it.
+    """The body, put into evaluation mode, with every batch norm that follows a convolution folded into it.
 
     Returns the same body, and why, where it cannot be traced; computes the same function either way.
     """
-    norms = sum(isinstance(module, nn.BatchNorm2d) for module in body.modules())
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in body.eval().modules())
     try:
         # a cut network is a graph already, but one that keeps torchvision's blocks of convolution and norm whole
         traced = fx.symbolic_trace(body)

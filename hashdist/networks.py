@@ -179,6 +179,8 @@ def network(
     Raises:
         InvalidInput: an unknown backbone or tap, or weights that do not fit it. NotFound, Unavailable: the weights.
     """
+    if state is None:
+        warn_of_random(settings)
     made = open_network(settings, state)
     return made, made.width, made.preprocess
 
@@ -188,9 +190,6 @@ def open_network(settings: FeatureSettings, state: bytes | None = None) -> Netwo
     preprocess = resolve_preprocess(settings)
     if settings.backbone == PIXELS:
         return _measured(_pixels(settings, preprocess), settings)
-    warning = caveat(settings)
-    if warning and state is None:
-        say(warning)
     with _seeded():
         model = _model(settings, with_weights=state is None)
     if settings.weights not in ("hub", "random") and state is None:
@@ -198,7 +197,7 @@ def open_network(settings: FeatureSettings, state: bytes | None = None) -> Netwo
     made = _cut(model.eval(), settings, preprocess)
     if state is not None:
         load_strictly(made.body, _committed(state, made.body), "the committed weights")
-    return _measured(made, settings)
+    return _measured(made.eval(), settings)
 
 
 def state_bytes(made: Network) -> bytes:
@@ -233,14 +232,13 @@ def weights_identity(settings: FeatureSettings) -> str:
     return hashlib.blake2b(_read(settings.weights), digest_size=16).hexdigest()
 
 
-def caveat(settings: FeatureSettings) -> str:
-    """What must be said loudly about features made by these settings; empty if nothing."""
-    if settings.backbone == PIXELS or settings.weights != "random" or settings.source or settings.snapshot:
-        return ""
-    return (
-        f"WARNING: {settings.backbone} runs with RANDOM weights: its features mean little. This is for trials of the "
-        "pipeline only; give --features.weights hub, or a .pth or .safetensors file"
-    )
+def warn_of_random(settings: FeatureSettings) -> None:
+    """Say loudly that features made by these settings mean little, if so."""
+    if settings.backbone != PIXELS and settings.weights == "random" and not settings.source and not settings.snapshot:
+        say(
+            f"WARNING: {settings.backbone} runs with RANDOM weights: its features mean little. This is for trials of "
+            "the pipeline only; give --features.weights hub, or a .pth or .safetensors file"
+        )
 
 
 # Preprocessing

@@ -70,9 +70,10 @@ class FeatureSettings:
         weights: `hub` (torchvision's, downloaded), `random` (for trials only), or a .pth / .safetensors file.
         preprocess: pixels to network input.
         precision: auto takes float16 where the CPU or GPU does it well and a start-up check passes.
-        batch: the one batch shape of inference; the last batch is padded, so a code never depends on its neighbours.
-        threads: CPU threads per worker; 0 = cores divided by workers. Part of the manifest.
-        workers: feature actors; 0 = one per GPU, or one per CPU pair.
+        batch: the one batch shape of inference, the last batch padded, so that a code never depends on its
+            neighbours; on a CPU it is halved until activations stay small (hashdist/backbones.py).
+        threads: CPU threads per worker; 0 = 1, so that features are the same on any number of cores.
+        workers: feature actors; 0 = one per GPU, or as many as the CPUs allow.
         source: URI of the user's own features (parquet, or npy + parquet in the clip-retrieval layout); when
             set nothing is extracted.
         snapshot: URI of committed features to use as they are.

@@ -14,9 +14,9 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -25,12 +25,12 @@ import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
 
-from hashdist import distributed, given, telemetry
+from hashdist import distributed, errors, given, telemetry
 from hashdist.backbones import Backbone, build_backbone
 from hashdist.collections import Collection, Image
 from hashdist.errors import HashdistError, InvalidInput, NotFound
 from hashdist.images import BadImage, decode
-from hashdist.networks import caveat, open_network, state_bytes, weights_identity
+from hashdist.networks import open_network, state_bytes, warn_of_random, weights_identity
 from hashdist.prefetch import in_order
 from hashdist.progress import Progress, say
 from hashdist.schema import OK, to_vectors, vector_schema
@@ -53,6 +53,9 @@ REVISION = 1
 
 PLAN = "plan.json"
 """Record of what the first worker decided (precision, batch): all workers of all runs of an artefact follow it."""
+
+_SHARED = ("precision", "batch", "dtype", "width", "weights_digest")
+"""Of a backbone's spec: what must be the same in all parts."""
 
 UNREADABLE = "unreadable"
 _BLOCKS = 4096  # of parts, at most: each costs the driver a task
@@ -92,9 +95,7 @@ def run(settings: Settings, *upstream: Artefact) -> dict[str, Any]:
     Raises InvalidInput, NotFound, Unavailable: settings, weights, or sources that do not fit.
     """
     started = time.perf_counter()
-    warning = caveat(settings.features)
-    if warning:
-        say(warning)
+    warn_of_random(settings.features)
     target = snapshot(settings, *upstream)
     if target.exists():
         return _result(target, started, skipped=True)
@@ -206,12 +207,11 @@ class _Extraction:
             num_cpus=pool.cpus,
             num_gpus=1 if pool.gpu else 0,
         )
-        try:
-            for row in done.iter_rows():
-                span = json.loads(row["span"])
-                yield int(row["part"]), json.loads(row["record"]), tuple(span) if span else None
-        except Exception as error:
-            raise _cause(error) from error
+        for row in done.iter_rows():
+            found = json.loads(row["found"])
+            if "error" in found:
+                raise _named(found["error"])(found["message"])
+            yield int(row["part"]), found["record"], found["span"]
 
     def _pool(self, parts: int) -> _Pool:
         gpus, cpus = distributed.gpus(), distributed.cpus()
@@ -257,12 +257,10 @@ def _speed(ends: Sequence[tuple[float, float]], images: int, batch: int) -> floa
     return (images - min(batch, images)) / seconds if seconds > 0 else None
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The error of ours that Ray has wrapped, if there is one."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, HashdistError):
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return seen or error
+def _named(name: str) -> type[HashdistError]:
+    """The class of an error that travelled as text: Ray passes on no more than the traceback."""
+    found: type[HashdistError] = getattr(errors, name, HashdistError)
+    return found
 
 
 class Extractor:
@@ -283,22 +281,31 @@ class Extractor:
         telemetry.set_sink(distributed.RaySink())
         self._target, self._parts, self._decoders = target, parts, decoders
         self._collection = Collection(collection)
-        build = partial(build_backbone, threads=threads, device=device)
-        self._backbone = agree(target, settings, weights, build)
+        self._build = partial(build_backbone, threads=threads, device=device)
+        self._settings, self._weights = settings, weights
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        # not in the constructor, which Ray repeats when it fails
+        return agree(self._target, self._settings, self._weights, self._build)
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, list[Any]]:
-        """The records of the parts at these positions of `parts`, as text, and the span of their batches."""
+        """What came of the parts at these positions of `parts`, as JSON: a record and a span, or an error of ours."""
         parts = [int(self._parts[position]) for position in batch["id"]]
-        found = [self.extract(part) for part in parts]
-        return {
-            "part": parts,
-            "record": [json.dumps(record) for record, _ in found],
-            "span": [json.dumps(span) for _, span in found],
-        }
+        return {"part": parts, "found": [json.dumps(self._found(part)) for part in parts]}
+
+    def _found(self, part: int) -> dict[str, Any]:
+        try:
+            record, span = self.extract(part)
+        except HashdistError as error:
+            known = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+            return {"error": known.__name__, "message": str(error)}
+        return {"record": record, "span": span}
 
     def extract(self, part: int) -> tuple[dict[str, Any], tuple[float, float] | None]:
         """Extract and commit one part; returns the record that stands, and when its first and last batch ended."""
         started = time.perf_counter()
+        width, dtype = self._backbone.width, self._backbone.dtype
         rows: list[Image] = []
         reasons: list[str | None] = []
         features: list[NDArray[np.floating]] = []
@@ -308,7 +315,6 @@ class Extractor:
             reasons += batch.reasons
             features.append(self._forward(batch))
             ends.append(time.time())
-        width, dtype = self._backbone.width, self._backbone.dtype
         features_ND = np.concatenate([np.empty((0, width), dtype), *features])
         table = _table(rows, reasons, features_ND)
         record = {**_counts(table), "file": write_table(self._target.store, self._target.new_name(".parquet"), table)}
@@ -330,7 +336,9 @@ class Extractor:
         return features_nD
 
 
-def agree(target: Artefact, settings: FeatureSettings, weights: dict[str, Any] | None, build: Any) -> Backbone:
+def agree(
+    target: Artefact, settings: FeatureSettings, weights: dict[str, Any] | None, build: Callable[..., Backbone]
+) -> Backbone:
     """The backbone of this worker, run as the artefact's plan says; the first worker makes the plan.
 
     Args:
@@ -342,20 +350,20 @@ def agree(target: Artefact, settings: FeatureSettings, weights: dict[str, Any] |
     state = read_file(target.store, weights) if weights else None
     try:
         plan = read_record(target.store, PLAN)
-        backbone = None
+        backbone: Backbone | None = None
     except NotFound:
         backbone = build(settings, state=state)
         plan, _ = create_record(target.store, PLAN, {"spec": backbone.spec, "weights_file": weights})
     decided = {name: plan["spec"][name] for name in ("precision", "batch")}
     if backbone is None or any(backbone.spec[name] != value for name, value in decided.items()):
         backbone = build(replace(settings, **decided), state=state)
-    if backbone.batch != decided["batch"]:
+    if any(backbone.spec[name] != plan["spec"][name] for name in _SHARED):
+        found_here, begun = ({name: spec[name] for name in _SHARED} for spec in (backbone.spec, plan["spec"]))
         raise InvalidInput(
-            f"{target.uri} was begun with batches of {decided['batch']}, this machine runs them in {backbone.batch}; "
-            "go on where it was begun, or give --fresh TEXT"
+            f"{target.uri} was begun with {begun}, a worker of this run has {found_here}; go on where it was begun, or "
+            "give --fresh TEXT"
         )
-    found: Backbone = backbone
-    return found
+    return backbone
 
 
 @dataclass(frozen=True)

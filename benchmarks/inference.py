@@ -1,0 +1,119 @@
+"""CPU defaults of a backbone against the plain network: float32, contiguous, batch norm unfolded, same threads.
+
+    python benchmarks/inference.py [--images 512] [--runs 7]
+
+Network alone: both take a batch of prepared images and give features; medians of alternating runs in one process.
+Whole stage: JPEG bytes of ../shared/data to features, decoding and resizing included, on one thread of Python.
+Prints one JSON line. Weights: ../shared/data/weights (its README says where they come from).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from hashdist.backbones import Backbone, build_backbone, has_float16
+from hashdist.images import decode
+from hashdist.networks import open_network
+from hashdist.settings import FeatureSettings, PreprocessSettings
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SETTINGS = FeatureSettings(
+    backbone="mobilenet_v2",
+    weights=str(DATA / "weights" / "mobilenet_v2_coral_rot180_fp16.pth"),
+    preprocess=PreprocessSettings(size=96, mean=[0.5] * 3, std=[0.5] * 3, rotate180=True),
+)
+Forward = Callable[[np.ndarray], np.ndarray]
+
+
+def plain(batch: int) -> Forward:
+    """The network as torchvision gives it, in batches of `batch`."""
+    net = open_network(SETTINGS)
+
+    def forward(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            parts = [torch.from_numpy(images[i : i + batch]) for i in range(0, len(images), batch)]
+            return np.concatenate([net.pooled(net.body(net.inputs(p).contiguous())).numpy() for p in parts])
+
+    return forward
+
+
+def alternate(work: dict[str, Callable[[], object]], images: int, runs: int) -> dict[str, float]:
+    """Images per second of each, as medians of runs in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for run in range(runs + 1):
+        for name, call in work.items():
+            started = time.perf_counter()
+            call()
+            if run:  # the first one warms up
+                seconds[name].append(time.perf_counter() - started)
+    return {name: images / statistics.median(taken) for name, taken in seconds.items()}
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = pq.read_table(DATA / "cifar10_jpg_test.parquet").slice(0, options.images)
+    encoded = rows["image"].to_pylist()
+    backbones: dict[str, Backbone] = {"float32": backbone(options.threads, "float32")}
+    if has_float16():
+        backbones["float16"] = backbone(options.threads, "float16")
+    first = backbones["float32"]
+    images = np.stack([first.prepare(decode(data)) for data in encoded])
+    forwards: dict[str, Forward] = {
+        f"plain_batch_{SETTINGS.batch}": plain(SETTINGS.batch),
+        f"plain_batch_{first.batch}": plain(first.batch),
+        **{name: made.forward for name, made in backbones.items()},
+    }
+    alone = alternate({n: lambda f=f: f(images) for n, f in forwards.items()}, len(images), options.runs)
+    stage = alternate(
+        {n: lambda f=f: f(np.stack([first.prepare(decode(d)) for d in encoded])) for n, f in forwards.items()},
+        len(images),
+        max(3, options.runs // 2),
+    )
+    baseline = f"plain_batch_{SETTINGS.batch}"
+    exact = forwards[baseline](images)
+    result = {
+        "benchmark": "inference",
+        "network": "mobilenet_v2 at 96 px",
+        "images": len(images),
+        "threads": options.threads,
+        "float16_in_hardware": has_float16(),
+        "network_alone_images_per_s": rounded(alone),
+        "network_alone_ratio": {n: round(alone[n] / alone[baseline], 2) for n in forwards},
+        "whole_stage_images_per_s": rounded(stage),
+        "whole_stage_ratio": {n: round(stage[n] / stage[baseline], 2) for n in forwards},
+        "mean_cosine": {n: round(cosine(exact, made.forward(images)), 7) for n, made in backbones.items()},
+    }
+    if not has_float16():
+        emulated = backbone(options.threads, "float16").forward(images[:128])
+        result["mean_cosine"]["float16_emulated"] = round(cosine(exact[:128], emulated), 7)
+    print(json.dumps(result))
+
+
+def backbone(threads: int, precision: str) -> Backbone:
+    return build_backbone(replace(SETTINGS, precision=precision), threads=threads)
+
+
+def rounded(speeds: dict[str, float]) -> dict[str, float]:
+    return {name: round(speed, 1) for name, speed in speeds.items()}
+
+
+if __name__ == "__main__":
+    main()

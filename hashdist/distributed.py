@@ -46,17 +46,18 @@ def session(settings: ClusterSettings) -> Iterator[None]:
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         with tempfile.TemporaryDirectory(prefix="hd", dir="/tmp", ignore_cleanup_errors=True) as folder:
-            ray.init(
-                address="local",
-                num_cpus=settings.cpus or max(4, os.cpu_count() or 4),
-                object_store_memory=settings.object_store_mb << 20,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                _temp_dir=folder,
-                runtime_env={"env_vars": _worker_environment()},
-            )
+            # all processes of this Ray inherit it; a runtime_env would forbid the workers that Ray starts ahead
+            with _environment(_worker_environment()):
+                ray.init(
+                    address="local",
+                    num_cpus=settings.cpus or max(4, os.cpu_count() or 4),
+                    object_store_memory=settings.object_store_mb << 20,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    logging_level=logging.WARNING,
+                    log_to_driver=False,
+                    _temp_dir=folder,
+                )
             try:
                 yield
             finally:
@@ -67,6 +68,21 @@ def session(settings: ClusterSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """These variables in this process's environment, for as long as the block takes."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
 
 
 def _worker_environment() -> dict[str, str]:

@@ -252,7 +252,8 @@ def build_head(manifest: Mapping[str, Any], data: bytes, uri: str) -> nn.Module:
     """The head of a model's manifest with the weights of a safetensors file, on the CPU."""
     method = deep_method(find_method(manifest["method"]))
     settings = method_settings(method, "paper", manifest["method_settings"])
-    head = method.network(settings, manifest["input_width"], manifest["bits"], torch.Generator())
+    frozen = manifest["mode"] == "frozen"
+    head = method.network(settings, manifest["input_width"], manifest["bits"], torch.Generator(), frozen=frozen)
     try:
         head.load_state_dict(safetensors.load(data))
     except (SafetensorError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Self
 
 from tqdm import tqdm
@@ -42,5 +43,18 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """One line on stderr."""
+    """One line for the user: on stderr, or wherever `speak_to` has sent the lines of this process."""
+    _speaker(line)
+
+
+def speak_to(speaker: Callable[[str], None]) -> None:
+    """Hand the lines of this process to `speaker`: a worker's stderr is read by nobody."""
+    global _speaker
+    _speaker = speaker
+
+
+def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+_speaker: Callable[[str], None] = _to_stderr

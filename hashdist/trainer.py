@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import ray
+from ray._private.state import state as ray_state
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.backend import Backend, BackendConfig
 
@@ -51,9 +52,12 @@ class Workers:
     max_failures: int
 
     def check(self) -> None:
-        """InvalidInput if the cluster as it is cannot hold the workers."""
+        """InvalidInput if the cluster, grown as far as its autoscaler may grow it, cannot hold the workers."""
+        present: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        # what Ray Train asks itself; without it no autoscaling cluster could ever start from nothing
+        reachable = ray_state.get_max_resources_from_cluster_config() or {}
         for resource, each in self.claim().items():
-            there = ray.cluster_resources().get(resource, 0)  # type: ignore[no-untyped-call]
+            there = max(present.get(resource, 0), reachable.get(resource, 0))
             if each * self.count > there:
                 raise InvalidInput(
                     f"{self.count} training workers need {each * self.count:g} {resource} in the cluster, found "

@@ -28,9 +28,9 @@ from hashdist.errors import Conflict, InvalidInput
 from hashdist.methods.contract import TrainingData, check_schedule, deep_method, find_method, method_settings
 from hashdist.model import describe
 from hashdist.networks import Network, open_network, spec_settings, state_bytes, weights_digest
-from hashdist.progress import say
+from hashdist.progress import say, speak_to
 from hashdist.sample import LocalShare, cache_images, read_sample, sample_ids
-from hashdist.settings import Settings
+from hashdist.settings import Settings, TrainSettings
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, Log, Version, artefact, read_file, write_file
 from hashdist.trainer import Workers, fit
@@ -80,7 +80,8 @@ def run(settings: Settings, graph: Artefact, features: Artefact, collection: Art
     newest = log.latest()
     if newest is not None:
         _check_run(log, newest, model)
-    job = _Job(settings, model, log, graph, features, collection, _sample(settings, graph, collection), uuid4().hex)
+    sample = _sample(settings, graph, collection)
+    job = _Job(settings, model, log, graph, features, collection, sample, _wants_gpus(settings.train), uuid4().hex)
     if newest is None or not newest.manifest["finished"]:
         newest = _fit(job, newest)
     model.publish(_manifest(job, newest.manifest))
@@ -127,6 +128,13 @@ def _sample(settings: Settings, graph: Artefact, collection: Artefact | None) ->
     return subset(open_store(settings.root), collection, sample_ids(graph).tolist())
 
 
+def _wants_gpus(wanted: TrainSettings) -> bool:
+    found = distributed.gpus() if wanted.gpu == "auto" else 0
+    if 0 < found < wanted.workers:
+        say(f"train: {found} GPUs for {wanted.workers} workers, so on CPUs; --train.workers {found} takes the GPUs")
+    return wanted.gpu == "yes" or found >= wanted.workers
+
+
 @dataclass(frozen=True)
 class _Job:
     """What every worker is told: where everything lies."""
@@ -138,6 +146,7 @@ class _Job:
     features: Artefact
     collection: Artefact | None
     sample: Artefact | None  # the training images as a collection of their own, in images mode
+    gpu: bool
     attempt: str
 
     @property
@@ -154,8 +163,7 @@ class _Job:
 def _fit(job: _Job, newest: Version | None) -> Version:
     """Start workers, follow them, and return the finished version."""
     wanted = job.settings.train
-    gpu = wanted.gpu == "yes" or (wanted.gpu == "auto" and distributed.gpus() >= wanted.workers)
-    workers = Workers(wanted.workers, gpu, wanted.max_failures)
+    workers = Workers(wanted.workers, job.gpu, wanted.max_failures)
     workers.check()
     if newest is not None:
         _say_resumes(job, newest)
@@ -195,6 +203,8 @@ class _Lines:
         if kind == "failure":
             say(f"train: worker {event['rank']} failed ({event['error']}); going on from the newest checkpoint")
             return
+        for line in event["said"]:
+            say(line)
         ended = event["step"] == event["steps"]
         if not ended and time.monotonic() - self._last < _LINE_EVERY_S:
             return
@@ -279,7 +289,7 @@ def _work(job: _Job) -> None:
     """Train on this rank, from the newest checkpoint; rank 0 commits checkpoints and the weights."""
     telemetry.set_sink(distributed.RaySink())
     wanted = job.settings.train
-    device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+    device = _gpu() if job.gpu else torch.device("cpu")
     comm = TorchDistributed(device)
     newest = agree_on_newest(job.log, comm, device)
     if newest is not None and newest.manifest["finished"]:
@@ -292,6 +302,7 @@ def _work(job: _Job) -> None:
         "worker": {"host": socket.gethostname(), "pid": os.getpid()},
     }
     checkpoints = Checkpoints(job.log, newest, about, wanted.method)
+    report = _Reporter(comm, device)
     data, backbone = _inputs(job, comm)
     trained = train(
         find_method(wanted.method),
@@ -300,7 +311,7 @@ def _work(job: _Job) -> None:
         comm,
         resume=load_state(job.log, newest) if newest else None,
         save=checkpoints.save,
-        report=_Reporter(comm, device),
+        report=report,
         device=device,
         backbone=backbone,
     )
@@ -308,14 +319,25 @@ def _work(job: _Job) -> None:
         checkpoints.finish(_finished(job, data, trained))
 
 
+def _gpu() -> torch.device:
+    from ray.train.torch import get_device  # imports what training on a CPU does not need
+
+    device = get_device()
+    assert isinstance(device, torch.device)
+    return device
+
+
 class _Reporter:
     """Reports to Ray Train, which blocks until its controller has looked, so not after every epoch of a fast run.
 
-    Whether to report is rank 0's decision, since every rank must report equally often.
+    Whether to report is rank 0's decision, since every rank must report equally often. What is said on rank 0 goes
+    with the next report.
     """
 
     def __init__(self, comm: Communicator, device: torch.device) -> None:
         self._comm, self._device, self._last = comm, device, -math.inf
+        self._said: list[str] = []
+        speak_to(self._said.append)
 
     def __call__(self, event: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -324,7 +346,8 @@ class _Reporter:
         self._comm.sum_(decided)
         if decided:
             self._last = now
-            ray.train.report(finite(event))
+            ray.train.report({**finite(event), "said": self._said.copy()})
+            self._said.clear()
 
 
 def _inputs(job: _Job, comm: Communicator) -> tuple[TrainingData, nn.Module | None]:
@@ -337,7 +360,6 @@ def _inputs(job: _Job, comm: Communicator) -> tuple[TrainingData, nn.Module | No
     backbone = open_network(spec_settings(made), weights)
     context = ray.train.get_context()
     place = LocalShare(context.get_local_rank(), context.get_local_world_size(), job.attempt)
-    say(f"train: rank {comm.rank} prepares its share of {data.n} images of {backbone.preprocess.size} pixels")
     images = cache_images(job.sample, data.ids, backbone.preprocess, place, comm)
     return replace(data, images=lambda rows: torch.from_numpy(images[rows])), backbone
 

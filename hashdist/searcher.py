@@ -39,7 +39,7 @@ OnExisting = Literal["error", "replace", "skip"]
 SHARD_ROWS = 8_000_000
 """Rows per shard file at most."""
 
-_CARRIED = ("kind", "bits", "bit_order", "model_uri", "collection", "built_from")
+_CARRIED = ("kind", "bits", "bit_order", "model_uri", "collection", "built_from", "failed_in")
 """Fields that a version takes over from the one before, besides its content."""
 
 _TRIES = 64

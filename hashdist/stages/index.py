@@ -126,6 +126,7 @@ def _lineage(settings: Settings, codes: Artefact) -> dict[str, Any]:
         "built_from": codes.name,
         "collection": _collection(manifest["inputs"]),
         "failed": manifest["failed"],
+        "failed_in": [codes.uri] if manifest["failed"] else [],
     }
 
 

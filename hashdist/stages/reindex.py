@@ -15,7 +15,7 @@ from hashdist.errors import InvalidInput
 from hashdist.schema import OK, from_vectors
 from hashdist.searcher import Index
 from hashdist.snapshots import vectors
-from hashdist.store.commit import Artefact, read_table
+from hashdist.store.commit import Artefact, open_artefact, read_table
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Difference:
         added: ids, in the collection, of readable images whose key is not in the index.
         changed: likewise of those whose content digest differs from the indexed one.
         removed: keys that are in the index and not in the collection.
-        unreadable: images listed but not readable: those in the index stay as they are, the others stay out.
+        unreadable: images listed but not readable, now or with these very bytes in an earlier run: those in the index
+            stay as they are, the others stay out.
         collection: URI of the listing that was compared.
     """
 
@@ -65,26 +66,33 @@ class Difference:
         }
 
 
-def compare(indexed: Mapping[str, str | None], listed: Mapping[str, Row], collection: str = "") -> Difference:
+def compare(
+    indexed: Mapping[str, str | None],
+    listed: Mapping[str, Row],
+    collection: str = "",
+    failed: Mapping[str, str | None] | None = None,
+) -> Difference:
     """The difference, by key and content digest: a pure function.
 
     Args:
         indexed: content digest by key, of the live rows of the index.
         listed: what the listing says, by key.
         collection: URI of the listing.
+        failed: content digest by key of the images that could not be encoded before.
 
     An image without a digest on either side counts as changed: nothing shows that it is the same.
     """
-    added, changed = [], []
+    added, changed, unreadable = [], [], 0
+    failed = failed or {}
     for key, row in listed.items():
-        if not row.readable:
+        if not row.readable or (row.digest is not None and failed.get(key) == row.digest):
+            unreadable += 1
             continue
         if key not in indexed:
             added.append(row.id)
         elif row.digest is None or indexed[key] != row.digest:
             changed.append(row.id)
     removed = [key for key in indexed if key not in listed]
-    unreadable = sum(not row.readable for row in listed.values())
     return Difference(added, changed, removed, unreadable, collection)
 
 
@@ -93,7 +101,19 @@ def difference(index: Index, collection: Artefact) -> Difference:
     indexed: dict[str, str | None] = {}
     for table in index.tables(["digest"]):
         indexed.update(zip(table["key"].to_pylist(), table["digest"].to_pylist(), strict=True))
-    return compare(indexed, dict(_listed(collection)), collection.uri)
+    return compare(indexed, dict(_listed(collection)), collection.uri, _failed(index))
+
+
+def _failed(index: Index) -> dict[str, str | None]:
+    """The images that the codes behind this version could not be made of: content digest by key."""
+    found: dict[str, str | None] = {}
+    for uri in index.manifest.get("failed_in", []):
+        codes = open_artefact(uri, "codes")
+        for file in codes.manifest()["files"]:
+            table = read_table(codes.store, file, ["key", "digest", "status"])
+            table = table.filter(pc.not_equal(table["status"], OK))
+            found.update(zip(table["key"].to_pylist(), table["digest"].to_pylist(), strict=True))
+    return found
 
 
 def _listed(collection: Artefact) -> Iterable[tuple[str, Row]]:
@@ -127,7 +147,11 @@ def commit(index: Index, change: Difference, codes: Artefact | None) -> Index:
     rows = pa.concat_tables(vectors(codes, "code"))
     _require(change, rows["id"].to_pylist())
     good = rows.filter(pc.equal(rows["status"], OK))
-    made_from = {"inputs": {"codes": {"uri": codes.uri, "digest": codes.name}}, "failed": len(rows) - len(good)}
+    made_from = {
+        "inputs": {"codes": {"uri": codes.uri, "digest": codes.name}},
+        "failed": len(rows) - len(good),
+        "failed_in": [*index.manifest.get("failed_in", []), *([codes.uri] if len(good) < len(rows) else [])],
+    }
     index.apply(
         np.asarray(from_vectors(good["code"], good.schema), np.uint8),
         good["key"].to_pylist(),

@@ -1,4 +1,4 @@
-"""Codes as bits: bit = (z >= 0), packed little-endian, one row per image (docs/decisions.md, "Signs and bits")."""
+"""Codes as bits: bit = (z >= 0), packed little-endian, one row per image (docs/decisions.md, S4)."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Image ids: a 63-bit keyed hash of the key (docs/decisions.md, "Ids").
+"""Image ids: a 63-bit keyed hash of the key (docs/decisions.md, S2).
 
 An id is stable under growth and independent of arrival order and sharding, and since it is a hash it doubles
 as the pseudo-random order that breaks ties between equal distances.

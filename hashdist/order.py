@@ -1,4 +1,4 @@
-"""Who works on what, as pure functions: training order, row slices, parts (docs/decisions.md, "Order").
+"""Who works on what, as pure functions: training order, row slices, parts (docs/decisions.md, S6).
 
 Nothing here knows of a clock, a random generator or a cluster, so any world size computes the same plan.
 """

@@ -1,7 +1,7 @@
 """The columns of every table that one stage writes and another reads, and how vectors sit in parquet.
 
 Vectors (features, codes) are fixed-size binary, uncompressed, with dtype and width in the schema's metadata:
-13 times faster to read than fixed-size lists (docs/decisions.md, "Storage").
+13 times faster to read than fixed-size lists (docs/decisions.md, S12).
 """
 
 import numpy as np

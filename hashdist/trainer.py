@@ -1,7 +1,7 @@
 """A function on the workers of Ray Train v2: process group, progress, bounded retries, errors as they were raised.
 
 It knows nothing of hashing. What Ray Train would do about checkpoints is left out on purpose: runs are logs of
-checkpoints in hashdist's own commit protocol (docs/decisions.md, "Training runs").
+checkpoints in hashdist's own commit protocol (docs/decisions.md, S9).
 """
 
 import json

@@ -104,6 +104,11 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
 
 
+def nodes() -> int:
+    """Machines of the session."""
+    return sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+
 def run_parts(
     artefact: Artefact,
     parts: Sequence[int],

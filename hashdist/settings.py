@@ -171,7 +171,7 @@ class EncodeSettings:
     """How the whole collection is encoded.
 
     Args:
-        workers: encoding tasks at once; 0 = one per CPU pair or GPU.
+        workers: encoding tasks at once; 0 = one per core or GPU, fewer for few rows.
         snapshot: URI of committed codes to use as they are.
     """
 

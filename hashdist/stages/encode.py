@@ -4,6 +4,7 @@ Frozen mode encodes committed features, images mode the collection itself. Work 
 finished part is committed at once, so a second run encodes only what is missing.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -29,6 +30,9 @@ from hashdist.store.commit import Artefact, artefact, read_table, write_table
 
 KIND = "codes"
 REVISION = 1
+
+_ROWS_WORTH_A_PROCESS = {"features": 50_000, "collections": 1_000}
+"""Rows that take about as long as a process needs to start and import."""
 
 _ROW = ["id", "key", "digest", "labels", "status", "reason"]
 
@@ -67,12 +71,20 @@ def run(settings: Settings, model: Artefact, source: Artefact) -> dict[str, Any]
     gpu = of_images and distributed.gpus() > 0
     work = partial(_encode_images if of_images else _encode_features, codes, model, source, "cuda" if gpu else "cpu")
     parts = range(Collection(source).parts if of_images else len(source.manifest()["files"]))
-    at_once = settings.encode.workers or max(1, distributed.gpus() if gpu else distributed.cpus() // 2)
+    at_once = settings.encode.workers or (distributed.gpus() if gpu else _tasks(source))
     records = distributed.run_parts(
         codes, parts, work, label="encode", at_once=at_once, num_cpus=1, num_gpus=1 if gpu else 0
     )
     codes.publish(_manifest(settings, model, source, [records[part] for part in parts]))
     return _result(codes, started, skipped=False)
+
+
+def _tasks(source: Artefact) -> int:
+    """One a core, but not more than pay for what starting a process costs."""
+    worth = -(-int(source.manifest()["rows"]) // _ROWS_WORTH_A_PROCESS[source.kind])
+    # a Ray of one machine may have been given more logical CPUs than the machine has
+    cores = min(distributed.cpus(), os.cpu_count() or 1) if distributed.nodes() == 1 else distributed.cpus()
+    return max(1, min(worth, cores))
 
 
 def check_source(model: Artefact, source: Artefact) -> None:

@@ -59,6 +59,7 @@ _BINS = 256  # of the histogram that finds a list's cut
 _TILE_BYTES = 8 << 20  # rows of the base that stay in the cache while entries are computed again
 _BELOW_ALL = np.float32(-2)  # under every score
 _NEVER = np.float32(-3)  # under every floor
+_LONGEST_LIST = 65_000  # overlaps are counted in 16 bits
 _LAST_ROW = np.int32(2**31 - 1)  # no row has this number
 
 _blas = threading.Lock()
@@ -266,14 +267,15 @@ class _Search:
     def _rectangle(self, columns: tuple[int, int]) -> None:
         """All rows of the part against a block of the base."""
         units = self._base.units(*columns)
-        for i, (lo, hi) in enumerate(self._blocks):
+        for i in self._order(columns[0] // self._block, len(self._blocks)):
+            lo, hi = self._blocks[i]
             scores = self._product(self._units[lo:hi], units)
             self._offer(i, scores, columns[0])
 
     def _triangle(self, j: int, start: int) -> None:
         """Block j of the part against itself and all blocks before it; a block of scores serves both its sides."""
         lo_j, hi_j = self._blocks[j]
-        for i in range(j + 1):
+        for i in self._order(j, j + 1):
             lo_i, hi_i = self._blocks[i]
             scores = self._product(self._units[lo_i:hi_i], self._units[lo_j:hi_j])
             if i == j:
@@ -282,6 +284,11 @@ class _Search:
                 with self._locks[j]:
                     _offer_columns(scores, lo_j, start + lo_i, *self._state())
             self._offer(i, scores, start + lo_j)
+
+    @staticmethod
+    def _order(task: int, count: int) -> range:
+        """List blocks up and down in turn: tasks side by side would wait for the same lock again and again."""
+        return range(count) if task % 2 else range(count - 1, -1, -1)
 
     def _offer(self, i: int, scores: NDArray[np.float32], first_column: int) -> None:
         with self._locks[i]:
@@ -586,6 +593,22 @@ def _offer_columns(block, first_list, first_row, scores, rows, held, floors, k, 
 
 
 @_compiled
+def _sort_list(scores, rows):  # type: ignore[no-untyped-def]
+    """Sort a list by (score descending, row ascending): score and row as one integer, twice as fast as pairs."""
+    sign, low = np.uint32(1 << 31), np.uint64(0xFFFFFFFF)
+    words = scores.view(np.uint32)
+    keys = np.empty(len(rows), np.uint64)
+    for c in range(len(rows)):
+        falling = words[c] if words[c] & sign else ~words[c] & ~sign
+        keys[c] = (np.uint64(falling) << np.uint64(32)) | np.uint64(rows[c])
+    keys.sort()
+    for c in range(len(rows)):
+        falling = np.uint32(keys[c] >> np.uint64(32))
+        words[c] = falling if falling & sign else ~falling & ~sign
+        rows[c] = np.int32(keys[c] & low)
+
+
+@_compiled
 def _run_end(ordered, start, count, slack):  # type: ignore[no-untyped-def]
     """End of the run of scores from `start` that rounding may have put in the wrong order."""
     end = start + 1
@@ -620,7 +643,7 @@ def _finish(first, stop, out, tile, scores, rows, held, _floors, k, slack, exact
     for p in range(first, stop):
         kth = _kth_largest(scores[p, : held[p]].copy(), held[p], k)
         _drop_below(p, kth - slack, scores, rows, held)
-        _sort_pairs(scores[p, : held[p]], rows[p, : held[p]])
+        _sort_list(scores[p, : held[p]], rows[p, : held[p]])
         unsure += held[p]
     lists, columns = np.empty(unsure, np.int64), np.empty(unsure, np.int32)
     unsure = 0
@@ -703,17 +726,20 @@ def shared_neighbour_ranking(
         threads: 0 = all cores.
 
     Raises:
-        InvalidInput: k2 < 1.
+        InvalidInput: k2 < 1, or more neighbours than 16-bit counts can hold.
     """
     if k2 < 1:
         raise InvalidInput(f"k2 must be at least 1, found {k2}; raise the setting graph.shared")
+    if neighbours_NK.shape[1] > _LONGEST_LIST:
+        raise InvalidInput(
+            f"lists of at most {_LONGEST_LIST} neighbours can be compared, found {neighbours_NK.shape[1]}"
+        )
     start, stop = rows or (0, len(neighbours_NK))
     found = Ranking(np.full((stop - start, k2), -1, np.int32), np.zeros((stop - start, k2), np.int32))
-    counter = np.uint16 if neighbours_NK.shape[1] + 1 < 2**16 else np.uint32
 
     def rank(part: tuple[int, int]) -> None:
         lo, hi = part
-        _rank_overlap(start + lo, neighbours_NK, *inverted, counter(1), found.rows_MK[lo:hi], found.counts_MK[lo:hi])
+        _rank_overlap(start + lo, neighbours_NK, *inverted, found.rows_MK[lo:hi], found.counts_MK[lo:hi])
 
     with ThreadPoolExecutor(threads or _cores()) as pool:
         list(pool.map(rank, blocks(stop - start, 512)))
@@ -819,15 +845,14 @@ def _at_least(counts, least, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _rank_overlap(first, neighbours, indptr, rows, one, out_rows, out_counts):  # type: ignore[no-untyped-def]
+def _rank_overlap(first, neighbours, indptr, rows, out_rows, out_counts):  # type: ignore[no-untyped-def]
     n, k = neighbours.shape
     k2 = out_rows.shape[1]
-    counts = np.full(n, one)
+    counts = np.empty(n, np.uint16)
     place = np.full(n, k + 1, np.int32)  # in N(i)
     histogram = np.zeros(k + 2, np.int64)
     buffer = np.empty(n + 1, np.int32)
     own = np.empty(k + 1, np.int32)
-    worth = np.empty(k2, np.int64)
     for m in range(out_rows.shape[0]):
         i = first + m
         _count_overlap(i, neighbours, indptr, rows, counts)
@@ -835,16 +860,19 @@ def _rank_overlap(first, neighbours, indptr, rows, one, out_rows, out_counts):  
             own[c] = neighbours[i, c - 1] if c else i
             place[own[c]] = c
         # the members of N(i) alone reach this cut, so nothing below it matters
-        least = max(one, counts.dtype.type(_cut_of(own, counts, k2, histogram)[0])) if k2 <= k + 1 else one
-        candidates = _at_least(counts, least, buffer)
+        least = _cut_of(own, counts, k2, histogram)[0] if k2 <= k + 1 else 1
+        candidates = _at_least(counts, np.uint16(least), buffer)
         cut, places = _cut_of(candidates, counts, k2, histogram)
         chosen = _above_and_at(candidates, counts, cut, places, place, k + 1)
+        keys = np.empty(len(chosen), np.uint64)
         for c in range(len(chosen)):
-            worth[c] = np.int64(counts[chosen[c]]) * (k + 2) - place[chosen[c]]
-        _sort_pairs(worth[: len(chosen)], chosen)
-        for c in range(len(chosen)):
-            out_rows[m, c] = chosen[c]
-            out_counts[m, c] = counts[chosen[c]]
+            j = chosen[c]
+            behind = np.uint64((k + 1 - np.int64(counts[j])) * (k + 2) + place[j])
+            keys[c] = (behind << np.uint64(32)) | np.uint64(j)
+        keys.sort()
+        for c in range(len(keys)):
+            out_rows[m, c] = np.int32(keys[c] & np.uint64(0xFFFFFFFF))
+            out_counts[m, c] = counts[out_rows[m, c]]
         for c in range(k + 1):
             place[own[c]] = k + 1
 

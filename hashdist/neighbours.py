@@ -192,10 +192,15 @@ class _Base:
 
 
 def _bits(features_ND: Vectors) -> NDArray[Any]:
-    rows: NDArray[Any] = np.asarray(features_ND)
-    if rows.strides[1] != rows.itemsize:
-        rows = np.ascontiguousarray(rows)
+    rows = _read_only(features_ND)
     return rows.view(np.uint16) if rows.dtype == np.float16 else rows
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """The array in one form, whether it was mapped, sliced or made: kernels are compiled for one form only."""
+    view: NDArray[Any] = np.ascontiguousarray(array).view(np.ndarray)
+    view.flags.writeable = False
+    return view
 
 
 def _part(base: _Base, start: int, stop: int) -> _Base:
@@ -699,6 +704,7 @@ class Sparse(NamedTuple):
 def inverted_lists(neighbours_NK: NDArray[np.int32]) -> Inverted:
     """Who has t in N: the transpose of the lists, each row's own number included."""
     n, k = neighbours_NK.shape
+    neighbours_NK = _read_only(neighbours_NK)
     indptr, rows = np.zeros(n + 1, np.int64), np.empty(n * (k + 1), np.int32)
     _invert(neighbours_NK, indptr, rows)
     return Inverted(indptr, rows)
@@ -735,6 +741,7 @@ def shared_neighbour_ranking(
             f"lists of at most {_LONGEST_LIST} neighbours can be compared, found {neighbours_NK.shape[1]}"
         )
     start, stop = rows or (0, len(neighbours_NK))
+    neighbours_NK = _read_only(neighbours_NK)
     found = Ranking(np.full((stop - start, k2), -1, np.int32), np.zeros((stop - start, k2), np.int32))
 
     def rank(part: tuple[int, int]) -> None:
@@ -759,6 +766,7 @@ def initial_similarity(
     W_L is the k1 nearest by cosine, W_H the top k2 of `shared_neighbour_ranking`; arguments as there.
     """
     start, stop = rows or (0, len(neighbours_NK))
+    neighbours_NK = _read_only(neighbours_NK)
     parts = []
     for lo, hi in blocks(stop - start, 8192):
         ranking = shared_neighbour_ranking(neighbours_NK, inverted, k2, (start + lo, start + hi), threads=threads)
@@ -833,10 +841,10 @@ def _at_least(counts, least, out):  # type: ignore[no-untyped-def]
     found = 0
     for start in range(0, len(counts), 64):
         stop = min(start + 64, len(counts))
-        largest = least - least
+        reached = False
         for j in range(start, stop):
-            largest = max(largest, counts[j])
-        if largest < least:
+            reached |= counts[j] >= least
+        if not reached:
             continue
         for j in range(start, stop):
             out[found] = j

@@ -1,6 +1,6 @@
 """Features -> kNN graph of the training sample.
 
-    ray job submit --working-dir . -- python jobs/build_graph.py --config pipeline.yaml
+ray job submit --working-dir . -- python jobs/build_graph.py --config pipeline.yaml
 """
 
 import sys

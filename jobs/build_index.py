@@ -1,6 +1,6 @@
 """Codes -> sharded binary index, committed as one version.
 
-    ray job submit --working-dir . -- python jobs/build_index.py --config pipeline.yaml
+ray job submit --working-dir . -- python jobs/build_index.py --config pipeline.yaml
 """
 
 import sys

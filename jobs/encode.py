@@ -1,6 +1,6 @@
 """Model + features -> codes of the whole collection.
 
-    ray job submit --working-dir . -- python jobs/encode.py --config pipeline.yaml
+ray job submit --working-dir . -- python jobs/encode.py --config pipeline.yaml
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Codes -> mAP, precision and recall by a protocol.
 
-    ray job submit --working-dir . -- python jobs/evaluate.py --config pipeline.yaml
+ray job submit --working-dir . -- python jobs/evaluate.py --config pipeline.yaml
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Collection -> features: lists the images and commits one feature vector for each.
 
-    ray job submit --working-dir . -- python jobs/extract_features.py --config pipeline.yaml
+ray job submit --working-dir . -- python jobs/extract_features.py --config pipeline.yaml
 """
 
 import sys

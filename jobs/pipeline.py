@@ -1,6 +1,6 @@
 """Every stage in order; what is committed already is skipped.
 
-    ray job submit --working-dir . -- python jobs/pipeline.py --config pipeline.yaml
+ray job submit --working-dir . -- python jobs/pipeline.py --config pipeline.yaml
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Collection + index -> next version of the index, with only what changed encoded.
 
-    ray job submit --working-dir . -- python jobs/reindex.py --config pipeline.yaml
+ray job submit --working-dir . -- python jobs/reindex.py --config pipeline.yaml
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Graph -> model: trains DSAH on the Ray cluster; resumes from its newest checkpoint.
 
-    ray job submit --working-dir . -- python jobs/train_dsah.py --config pipeline.yaml
+ray job submit --working-dir . -- python jobs/train_dsah.py --config pipeline.yaml
 """
 
 import sys

@@ -3,8 +3,9 @@
     python benchmarks/cifar_quality.py --data ../shared/data [--bits 16 32 64] [--seeds 5] [--cache FILE.npz]
 
 Features: MobileNetV2 at 96 px (weights of the data folder). Per seed: its own split (100 queries and 1,000 training
-images a class, the database is everything but the queries), its own initial weights and order. No label is used for
-anything but the split and the score. Prints one JSON line; progress goes to stderr. The data is a lossy copy of
+images a class, the database is everything but the queries), its own initial weights and order. These runs use labels
+for the split and the score alone; on the default feature scale see docs/decisions.md, H6.
+Prints one JSON line; progress goes to stderr. The data is a lossy copy of
 CIFAR-10 (JPEG, quality 75).
 """
 

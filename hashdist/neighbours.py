@@ -41,12 +41,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from hashdist.errors import InvalidInput
+from hashdist.kernel import kernel
 from hashdist.order import blocks
 
 _BLOCK = 512  # rows and columns of one product
@@ -322,16 +323,6 @@ class _Search:
 # floors[p]; `exact` holds what `_exact` needs.
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """`function` compiled without the GIL at its first call, kept on disk if a cache folder of numba's is writable."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-        return njit(nogil=True)(function)
-
-
 def _make_real(_typing: Any, element: Any) -> Any:
     """A float32, or the bits of a float16, as float64, exactly and in vector instructions on any machine."""
 
@@ -352,13 +343,13 @@ def _make_real(_typing: Any, element: Any) -> Any:
 _real: Any = intrinsic(_make_real)
 
 
-@_compiled
+@kernel
 def _widen(row, out):  # type: ignore[no-untyped-def]
     for d in range(len(row)):
         out[d] = _real(row[d])
 
 
-@_compiled
+@kernel
 def _dot(x, y, lanes):  # type: ignore[no-untyped-def]
     """x.y in the fixed order; x float64, y raw, lanes float64 [32] scratch."""
     whole = len(x) // 32 * 32
@@ -375,7 +366,7 @@ def _dot(x, y, lanes):  # type: ignore[no-untyped-def]
     return lanes[0]
 
 
-@_compiled
+@kernel
 def _cosine(dot, square_x, square_y):  # type: ignore[no-untyped-def]
     if square_x == 0.0 or square_y == 0.0:
         return 0.0
@@ -383,7 +374,7 @@ def _cosine(dot, square_x, square_y):  # type: ignore[no-untyped-def]
     return size if dot >= 0.0 else -size
 
 
-@_compiled
+@kernel
 def _pairwise(x_bits, x_squares, y_bits, y_squares, out):  # type: ignore[no-untyped-def]
     x, lanes = np.empty(x_bits.shape[1], np.float64), np.empty(32, np.float64)
     for i in range(len(out)):
@@ -391,7 +382,7 @@ def _pairwise(x_bits, x_squares, y_bits, y_squares, out):  # type: ignore[no-unt
         out[i] = _cosine(_dot(x, y_bits[i], lanes), x_squares[i], y_squares[i])
 
 
-@_compiled
+@kernel
 def _measure(bits, largest, squares, hashes):  # type: ignore[no-untyped-def]
     """Squared norms in the fixed order (infinite where a row is not finite), and a hash of every row."""
     width = bits.shape[1]
@@ -411,7 +402,7 @@ def _measure(bits, largest, squares, hashes):  # type: ignore[no-untyped-def]
             squares[i] = np.inf
 
 
-@_compiled
+@kernel
 def _keep_equal(bits, first):  # type: ignore[no-untyped-def]
     """first[i] := i where row i only shares a hash with row first[i]."""
     for i in range(len(first)):
@@ -422,7 +413,7 @@ def _keep_equal(bits, first):  # type: ignore[no-untyped-def]
             first[i] = i
 
 
-@_compiled
+@kernel
 def _scale(bits, squares, out):  # type: ignore[no-untyped-def]
     for i in range(len(squares)):
         factor = 1.0 / np.sqrt(squares[i]) if squares[i] > 0.0 else 0.0
@@ -430,7 +421,7 @@ def _scale(bits, squares, out):  # type: ignore[no-untyped-def]
             out[i, d] = np.float32(_real(bits[i, d]) * factor)
 
 
-@_compiled
+@kernel
 def _exact(lists, columns, order, values, exact):  # type: ignore[no-untyped-def]
     """values[e] := s of row lists[e] of the part and base row columns[e], for e in `order`.
 
@@ -451,7 +442,7 @@ def _exact(lists, columns, order, values, exact):  # type: ignore[no-untyped-def
         values[e] = value
 
 
-@_compiled
+@kernel
 def _kth_largest(values, count, k):  # type: ignore[no-untyped-def]
     """The k-th largest of values[:count], which are reordered (Hoare's selection)."""
     lo, hi, wanted = 0, count - 1, k - 1
@@ -476,7 +467,7 @@ def _kth_largest(values, count, k):  # type: ignore[no-untyped-def]
     return values[wanted]
 
 
-@_compiled
+@kernel
 def _about_kth_largest(values, count, k):  # type: ignore[no-untyped-def]
     """A value that at least k of values[:count] reach, and few more: by a histogram, five times as fast as the k-th."""
     lo, hi = values[0], values[0]
@@ -497,7 +488,7 @@ def _about_kth_largest(values, count, k):  # type: ignore[no-untyped-def]
     return least
 
 
-@_compiled
+@kernel
 def _drop_below(p, floor, scores, rows, held):  # type: ignore[no-untyped-def]
     kept = 0
     for c in range(held[p]):
@@ -508,7 +499,7 @@ def _drop_below(p, floor, scores, rows, held):  # type: ignore[no-untyped-def]
     held[p] = kept
 
 
-@_compiled
+@kernel
 def _shrink(p, scores, rows, held, floors, k, slack, exact):  # type: ignore[no-untyped-def]
     """Drop what has k rows surely before it; if that leaves no room, what has k rows before it by s."""
     room = scores.shape[1] - _SEGMENT
@@ -522,7 +513,7 @@ def _shrink(p, scores, rows, held, floors, k, slack, exact):  # type: ignore[no-
             _settle(p, kth, scores, rows, held, k, slack, exact)
 
 
-@_compiled
+@kernel
 def _settle(p, kth, scores, rows, held, k, slack, exact):  # type: ignore[no-untyped-def]
     """Keep exactly k: those surely above the cut, and the best of the rest by (s, row)."""
     count = held[p]
@@ -543,7 +534,7 @@ def _settle(p, kth, scores, rows, held, k, slack, exact):  # type: ignore[no-unt
     held[p] = k
 
 
-@_compiled
+@kernel
 def _sort_pairs(values, rows):  # type: ignore[no-untyped-def]
     """Sort by (value descending, row ascending), in place (Shell's sort: short to compile, fast on short runs)."""
     gap = 1
@@ -560,7 +551,7 @@ def _sort_pairs(values, rows):  # type: ignore[no-untyped-def]
         gap //= 3
 
 
-@_compiled
+@kernel
 def _offer_rows(block, first_list, first_row, scores, rows, held, floors, k, slack, exact):  # type: ignore[no-untyped-def]
     """block[i, j] is the score of list first_list + i and base row first_row + j."""
     room = scores.shape[1]
@@ -578,7 +569,7 @@ def _offer_rows(block, first_list, first_row, scores, rows, held, floors, k, sla
             held[p] = count
 
 
-@_compiled
+@kernel
 def _offer_columns(block, first_list, first_row, scores, rows, held, floors, k, slack, exact):  # type: ignore[no-untyped-def]
     """block[i, j] is the score of list first_list + j and base row first_row + i."""
     room, width = scores.shape[1], block.shape[1]
@@ -597,7 +588,7 @@ def _offer_columns(block, first_list, first_row, scores, rows, held, floors, k, 
             held[p] += 1
 
 
-@_compiled
+@kernel
 def _sort_list(scores, rows):  # type: ignore[no-untyped-def]
     """Sort a list by (score descending, row ascending): score and row as one integer, twice as fast as pairs."""
     sign, low = np.uint32(1 << 31), np.uint64(0xFFFFFFFF)
@@ -613,7 +604,7 @@ def _sort_list(scores, rows):  # type: ignore[no-untyped-def]
         rows[c] = np.int32(keys[c] & low)
 
 
-@_compiled
+@kernel
 def _run_end(ordered, start, count, slack):  # type: ignore[no-untyped-def]
     """End of the run of scores from `start` that rounding may have put in the wrong order."""
     end = start + 1
@@ -622,7 +613,7 @@ def _run_end(ordered, start, count, slack):  # type: ignore[no-untyped-def]
     return end
 
 
-@_compiled
+@kernel
 def _by_tile(columns, tile, tiles):  # type: ignore[no-untyped-def]
     """Order of the entries by tile of the base, stable (counting sort)."""
     places = np.zeros(tiles + 1, np.int64)
@@ -638,7 +629,7 @@ def _by_tile(columns, tile, tiles):  # type: ignore[no-untyped-def]
     return order
 
 
-@_compiled
+@kernel
 def _finish(first, stop, out, tile, scores, rows, held, _floors, k, slack, exact):  # type: ignore[no-untyped-def]
     """out[p] := the first k by (s, row), first <= p < stop; returns how many entries were computed in float64.
 
@@ -793,7 +784,7 @@ def symmetric(w: Sparse, how: Literal["or", "and", "none"]) -> Sparse:
     return Sparse(indptr, indices)
 
 
-@_compiled
+@kernel
 def _invert(neighbours, indptr, rows):  # type: ignore[no-untyped-def]
     n, k = neighbours.shape
     for i in range(n):
@@ -812,7 +803,7 @@ def _invert(neighbours, indptr, rows):  # type: ignore[no-untyped-def]
             places[t] += 1
 
 
-@_compiled
+@kernel
 def _count_overlap(i, neighbours, indptr, rows, counts):  # type: ignore[no-untyped-def]
     """counts[j] := |N(i) n N(j)|: one increment for every entry of the inverted lists of N(i)."""
     counts[:] = 0
@@ -822,7 +813,7 @@ def _count_overlap(i, neighbours, indptr, rows, counts):  # type: ignore[no-unty
             counts[np.uint32(rows[e])] += 1
 
 
-@_compiled
+@kernel
 def _cut_of(candidates, counts, k2, histogram):  # type: ignore[no-untyped-def]
     """The least overlap >= 1 that the top k2 of the candidates have, and how many places are left for those at it."""
     histogram[:] = 0
@@ -835,7 +826,7 @@ def _cut_of(candidates, counts, k2, histogram):  # type: ignore[no-untyped-def]
     return cut, k2 - above
 
 
-@_compiled
+@kernel
 def _at_least(counts, least, out):  # type: ignore[no-untyped-def]
     """Numbers j with counts[j] >= least, ascending; most stretches of a large array have none."""
     found = 0
@@ -852,7 +843,7 @@ def _at_least(counts, least, out):  # type: ignore[no-untyped-def]
     return out[:found]
 
 
-@_compiled
+@kernel
 def _rank_overlap(first, neighbours, indptr, rows, out_rows, out_counts):  # type: ignore[no-untyped-def]
     n, k = neighbours.shape
     k2 = out_rows.shape[1]
@@ -885,7 +876,7 @@ def _rank_overlap(first, neighbours, indptr, rows, out_rows, out_counts):  # typ
             place[own[c]] = k + 1
 
 
-@_compiled
+@kernel
 def _above_and_at(candidates, counts, cut, places, place, absent):  # type: ignore[no-untyped-def]
     """Candidates above the cut, and the first `places` of those at it by (place, number); in any order."""
     chosen, members = np.empty(len(candidates) + places, np.int32), np.empty(len(candidates), np.int32)
@@ -915,7 +906,7 @@ def _above_and_at(candidates, counts, cut, places, place, absent):  # type: igno
     return chosen[:count]
 
 
-@_compiled
+@kernel
 def _intersect(first, neighbours, ranked, degrees, indices):  # type: ignore[no-untyped-def]
     """Rows of both N(i) and the ranking, without i, ascending; returns how many in all."""
     inside = np.zeros(len(neighbours), np.bool_)
@@ -936,7 +927,7 @@ def _intersect(first, neighbours, ranked, degrees, indices):  # type: ignore[no-
     return total
 
 
-@_compiled
+@kernel
 def _transpose(indptr, indices, out_indptr, out_indices):  # type: ignore[no-untyped-def]
     n = len(indptr) - 1
     for e in range(len(indices)):
@@ -950,7 +941,7 @@ def _transpose(indptr, indices, out_indptr, out_indices):  # type: ignore[no-unt
             places[indices[e]] += 1
 
 
-@_compiled
+@kernel
 def _merge(indptr_a, indices_a, indptr_b, indices_b, either, degrees, out):  # type: ignore[no-untyped-def]
     """Union (`either`) or intersection of ascending rows; sizes only where `out` is empty."""
     total = 0

@@ -19,11 +19,12 @@ from functools import partial
 from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from hashdist.errors import InvalidInput
+from hashdist.kernel import kernel
 from hashdist.order import blocks
 
 _BLOCK = 512  # codes looked at together: 4 KiB of 64-bit codes
@@ -292,16 +293,6 @@ def _spread(tasks: Iterable[Callable[[], Any]], threads: int) -> list[Any]:
 # non-negative would turn vector loads into gathers (numba's wrap-around), which addresses avoid as well.
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """`function` compiled without the GIL at its first call, and kept on disk where numba finds a writable folder."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-        return njit(nogil=True)(function)
-
-
 @intrinsic
 def _load(_typing: Any, address: Any, index: Any, like: Any) -> Any:
     """The word at `index` (in words of `like`'s type) from `address`, which need not be aligned."""
@@ -336,7 +327,7 @@ def _narrow(_typing: Any, value: Any, like: Any) -> Any:
     return like(value, like), generate
 
 
-@_compiled
+@kernel
 @no_type_check
 def _distance(block, r, queries, q, form, turned):
     step, skip = (1, _BLOCK) if len(turned) else (len(form), 1)
@@ -346,7 +337,7 @@ def _distance(block, r, queries, q, form, turned):
     return total
 
 
-@_compiled
+@kernel
 @no_type_check
 def _any_below(block, start, stop, queries, q, form, turned, cut):
     limit = _narrow(cut, _popcount(queries[q, 0]))
@@ -356,7 +347,7 @@ def _any_below(block, start, stop, queries, q, form, turned, cut):
     return found
 
 
-@_compiled
+@kernel
 @no_type_check
 def _open_block(codes, start, stop, like, form, turned, buffer):
     """Address of the block and index of its first code there, turned into `buffer` where that is asked for."""
@@ -368,13 +359,13 @@ def _open_block(codes, start, stop, like, form, turned, buffer):
     return buffer.ctypes.data, 0
 
 
-@_compiled
+@kernel
 @no_type_check
 def _is_dead(dead, row):
     return dead.size > 0 and (dead[row >> 3] >> (row & 7)) & 1 != 0
 
 
-@_compiled
+@kernel
 @no_type_check
 def _drop_far(rows, distances, held, k, cut, nearer):
     """Keep the candidates nearer than `cut`, and of those at it the first that are needed for k; their number."""
@@ -390,7 +381,7 @@ def _drop_far(rows, distances, held, k, cut, nearer):
     return kept
 
 
-@_compiled
+@kernel
 @no_type_check
 def _nearest(codes, row0, row1, queries, form, turned, dead, levels, cuts, out_distances, out_rows, out_counts):
     count, k = out_rows.shape
@@ -448,7 +439,7 @@ def _nearest(codes, row0, row1, queries, form, turned, dead, levels, cuts, out_d
             place[d] += 1
 
 
-@_compiled
+@kernel
 @no_type_check
 def _merge(a_distances, a_rows, a_counts, b_distances, b_rows, b_counts, distances, rows, counts):
     for q in range(len(counts)):
@@ -466,7 +457,7 @@ def _merge(a_distances, a_rows, a_counts, b_distances, b_rows, b_counts, distanc
                 j += 1
 
 
-@_compiled
+@kernel
 @no_type_check
 def _within(codes, row0, row1, queries, form, turned, dead, levels):
     found_queries = np.empty(1024, np.int64)
@@ -501,7 +492,7 @@ def _within(codes, row0, row1, queries, form, turned, dead, levels):
     return found_queries[:held].copy(), found_rows[:held].copy(), found_distances[:held].copy()
 
 
-@_compiled
+@kernel
 @no_type_check
 def _histogram(codes, queries, form, turned, dead, labels, query_labels, counts):
     buffer = np.empty((len(form), _BLOCK), queries.dtype)

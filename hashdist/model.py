@@ -192,6 +192,7 @@ def describe(
     bits: int,
     mode: str,
     width: int,
+    classes: int,
     backbone: Mapping[str, Any],
     head: Mapping[str, Any],
     backbone_weights: Mapping[str, Any] | None,
@@ -204,6 +205,7 @@ def describe(
         bits: L.
         mode: `frozen` or `images`.
         width: D.
+        classes: C of the training images, 0 without labels.
         backbone: what makes the features, as in the features' manifest.
         head: entry of the head's weights, in the model's folder.
         backbone_weights: entry of the backbone's; None for a backbone without weights, or features from outside.
@@ -217,6 +219,7 @@ def describe(
         "bit_order": BIT_ORDER,
         "mode": mode,
         "input_width": width,
+        "classes": classes,
         "backbone": dict(backbone),
         "head": dict(head),
         "head_batch": HEAD_BATCH,
@@ -253,7 +256,8 @@ def build_head(manifest: Mapping[str, Any], data: bytes, uri: str) -> nn.Module:
     method = deep_method(find_method(manifest["method"]))
     settings = method_settings(method, "paper", manifest["method_settings"])
     frozen = manifest["mode"] == "frozen"
-    head = method.network(settings, manifest["input_width"], manifest["bits"], torch.Generator(), frozen=frozen)
+    sizes = manifest["input_width"], manifest["bits"]
+    head = method.network(settings, *sizes, torch.Generator(), frozen=frozen, classes=manifest["classes"])
     try:
         head.load_state_dict(safetensors.load(data))
     except (SafetensorError, RuntimeError) as error:

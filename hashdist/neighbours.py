@@ -769,6 +769,28 @@ def initial_similarity(
     return Sparse(np.cumsum(degrees), np.concatenate([np.empty(0, np.int32), *(indices for _, indices in parts)]))
 
 
+def union_similarity(
+    neighbours_NK: NDArray[np.int32],
+    inverted: Inverted,
+    k2: int,
+    rows: tuple[int, int] | None = None,
+    *,
+    threads: int = 0,
+) -> Sparse:
+    """Rows of DDH's S before it is made symmetric (Eqs 1-3): row i is the union of N(k) over k in T_i, without i.
+
+    N(k) is k and its K1 nearest by cosine, T_i the top K2 of `shared_neighbour_ranking`, i first among them; arguments
+    as there (docs/decisions.md, D1).
+    """
+    start, stop = rows or (0, len(neighbours_NK))
+    neighbours_NK = _read_only(neighbours_NK)
+    ranking = shared_neighbour_ranking(neighbours_NK, inverted, k2, (start, stop), threads=threads)
+    degrees = np.empty(stop - start, np.int64)
+    indices = np.empty((stop - start) * k2 * (neighbours_NK.shape[1] + 1), np.int32)
+    total = _unite(start, neighbours_NK, ranking.rows_MK, degrees, indices)
+    return Sparse(np.concatenate([np.zeros(1, np.int64), np.cumsum(degrees)]), indices[:total].copy())
+
+
 def symmetric(w: Sparse, how: Literal["or", "and", "none"]) -> Sparse:
     """W or its transpose (the default, D4), W and its transpose, or W itself. O(edges) memory."""
     if how == "none":
@@ -924,6 +946,33 @@ def _intersect(first, neighbours, ranked, degrees, indices):  # type: ignore[no-
         degrees[m] = total - start
         for c in range(neighbours.shape[1]):
             inside[neighbours[first + m, c]] = False
+    return total
+
+
+@kernel
+def _unite(first, neighbours, ranked, degrees, indices):  # type: ignore[no-untyped-def]
+    """Union of the lists of the ranked images, ascending, without the row itself."""
+    held = np.empty(ranked.shape[1] * (neighbours.shape[1] + 1), np.int32)
+    total = 0
+    for row in range(len(ranked)):
+        count = 0
+        for k in ranked[row]:
+            if k < 0:
+                break
+            held[count] = k
+            count += 1
+            for j in neighbours[k]:
+                held[count] = j
+                count += 1
+        ordered = np.sort(held[:count])
+        before, degree = np.int32(-1), 0
+        for j in ordered:
+            if j != before and j != first + row:
+                indices[total] = j
+                total += 1
+                degree += 1
+            before = j
+        degrees[row] = degree
     return total
 
 

@@ -21,6 +21,7 @@ from hashdist.networks import Preprocess
 from hashdist.prefetch import in_order
 from hashdist.store.commit import Artefact, read_file, read_table
 
+GRAPH_FILES = ("w0_indptr", "w0_indices", "neighbours")
 _AHEAD = 4
 
 
@@ -44,22 +45,15 @@ def sample_ids(graph: Artefact) -> NDArray[np.int64]:
     return _array(graph, graph.manifest()["files"]["ids"])
 
 
-def read_sample(graph: Artefact, *, features: bool) -> TrainingData:
-    """The arrays of a committed graph, mapped where they lie on this machine.
-
-    Args:
-        graph: committed.
-        features: with the features; they are not needed when training from images.
-    """
+def read_sample(graph: Artefact) -> TrainingData:
+    """The arrays of a committed graph, mapped where they lie on this machine."""
     files = graph.manifest()["files"]
     labels = files.get("labels")
     return TrainingData(
         ids=sample_ids(graph),
-        features=_array(graph, files["features"]) if features else None,
+        features=_array(graph, files["features"]),
         labels=one_hot(read_table(graph.store, labels, ["labels"])["labels"].to_pylist()) if labels else None,
-        graph=Graph(
-            _array(graph, files["w0_indptr"]), _array(graph, files["w0_indices"]), _array(graph, files["neighbours"])
-        ),
+        graph=Graph(*(_array(graph, files[name]) for name in GRAPH_FILES)) if files["w0_indptr"] else None,
     )
 
 

@@ -102,8 +102,11 @@ class GraphSettings:
         train_sample: train on the images with this many smallest ids: uniform, and stable under growth.
         protocol: take the training set of this evaluation protocol instead (see hashdist/protocols.py).
         protocol_seed: seed of that protocol's split.
-        neighbours: k1, nearest neighbours per image by cosine; 0 = 5 % of the sample, at most 500.
-        shared: k2, images per row with the largest overlap of neighbour lists; 0 = k1.
+        labelled: leave out images without a label (a method that learns from labels needs one for each).
+        rule: how positive pairs come from neighbour lists: `and` (DSAH), `union` (DDH), `none` (no neighbours are
+            searched: the sample alone); auto = the rule of train.method.
+        neighbours: k1, nearest neighbours per image by cosine; 0 = 5 % of the sample, at most 500, or 15 for `union`.
+        shared: k2, images per row with the largest overlap of neighbour lists; 0 = k1, or 6 for `union`.
         symmetrize: make W0 symmetric by or, by and, or not at all.
         part_rows: rows of the graph per part.
         workers: graph tasks at once; 0 = one per two CPUs.
@@ -114,6 +117,8 @@ class GraphSettings:
     train_sample: int = 20_000
     protocol: str = ""
     protocol_seed: int = 0
+    labelled: bool = False
+    rule: Literal["auto", "and", "union", "none"] = "auto"
     neighbours: int = 0
     shared: int = 0
     symmetrize: Literal["or", "and", "none"] = "or"
@@ -213,7 +218,7 @@ class EvaluateSettings:
         precision_at: N of precision@N.
         queries: queries of the label-free recall, and of an evaluation without protocol.
         recall_at: k of the label-free recall@k against exact cosine neighbours.
-        baselines: shallow methods (lsh, itq) fitted on the same features and the same training images, for comparison.
+        baselines: shallow methods (lsh, itq, ...) fitted on the same features and training images, for comparison.
     """
 
     protocol: str = ""

@@ -34,6 +34,7 @@ from hashdist.methods.contract import (
     MethodModule,
     Place,
     TrainingData,
+    check_labels,
     check_schedule,
     deep_method,
     method_settings,
@@ -151,12 +152,16 @@ class _Run:
         self.settings, self.data, self.comm, self.device = settings, data, comm, device
         self.chosen = method_settings(module, settings.preset, settings.options)
         check_schedule(self.chosen, data.n, comm.world_size)
+        if module.USES == "labels":
+            check_labels(module.NAME, data.labels)
         place = Place(
             settings.bits, settings.mode == "frozen", data, comm, device, dtype, settings.seed, settings.threads
         )
         self.source = _source(settings.mode, data, backbone, device, dtype)
         generator = torch.Generator().manual_seed(settings.seed)
-        head = module.network(self.chosen, self.source.width, settings.bits, generator, frozen=place.frozen)
+        head = module.network(
+            self.chosen, self.source.width, settings.bits, generator, frozen=place.frozen, classes=data.classes
+        )
         self.head = head.to(device, dtype)
         whole = nn.ModuleList([self.head] if self.source.network is None else [self.source.network, self.head])
         self.counter = use_counter(whole, settings.seed)
@@ -509,6 +514,7 @@ def _identity(
         "training images": data.n,
         "image ids": _digest(data.ids),
         "graph": _digest(data.graph.indptr) if data.graph is not None else "",
+        "labels": _digest(data.labels) if data.labels is not None and module.USES == "labels" else "",
         "options": settings_text(chosen),
     }
 

@@ -2,14 +2,19 @@
 
 A method is found by its file name in hashdist/methods. A deep method's file offers
 
-- `NAME`, `CITATION`, and `USES`: "graph" (the neighbour graph W0) or "labels";
+- `NAME`, `CITATION`, and `USES`, what it learns from besides features or images: "graph", "labels" or "features"
+  (nothing else);
+- `GRAPH`: the rule by which the graph stage builds its graph (hashdist/stages/graph.py): "and" (DSAH), "union" (DDH) or
+  "none";
 - `Settings`: a frozen dataclass of its hyper-parameters, with at least `rounds`, `epochs` (per round) and `batch`
   (images of a **global** batch), and `PRESETS`, named instances of it, "paper" among them;
-- `network(settings, width, bits, generator, frozen)`: the head, from features [b, D] to a dict of outputs, of which "z"
-  [b, L] holds the hash layer (bit = z >= 0) and the others whatever the loss needs;
+- `network(settings, width, bits, generator, frozen, classes)`: the head, from features [b, D] to a dict of outputs, of
+  which "z" [b, L] holds the hash layer (bit = z >= 0) and the others whatever the loss needs;
 - `Method`: a subclass of the class below: loss, optimiser, and what it keeps besides weights.
 
-A shallow method's file offers `NAME`, `CITATION` and `fit(features_ND, bits, seed)` instead.
+A shallow method's file offers `NAME`, `CITATION`, `USES` ("labels" or "features") and `fit(features_ND, bits, seed)`,
+or with labels `fit(features_ND, bits, seed, labels_NC)`, instead; `fit` returns a picklable encoder, features [N, D]
+-> float32 [N, L] (bit = value >= 0).
 """
 
 import importlib
@@ -31,6 +36,12 @@ from hashdist.errors import InvalidInput
 
 Outputs = dict[str, Tensor]
 """What a head returns for b images: "z" [b, L] and any others, each with b rows."""
+
+Encoder = Callable[[NDArray[np.floating]], NDArray[np.float32]]
+"""A fitted shallow method: features [N, D] -> [N, L], bit = value >= 0."""
+
+GraphRule = Literal["and", "union", "none"]
+"""How a method's graph is built from neighbour lists; hashdist/stages/graph.py."""
 
 Encode = Callable[[], Tensor]
 """Hash-layer outputs z [n, L] of all training images in evaluation mode, float32 on the CPU, the same on every
@@ -63,7 +74,7 @@ class TrainingData:
         images: rows (int64 [b]) -> the backbone's input for these rows, as a CPU tensor of b entries; must be a
             pure function of (rows) and is called from a thread of its own. None in frozen mode.
         labels: bool [n, C], one column a class; None where there are none.
-        graph: the neighbour graph; None for methods that use labels.
+        graph: the neighbour graph; None where the method uses none.
     """
 
     ids: NDArray[np.int64]
@@ -76,6 +87,11 @@ class TrainingData:
     def n(self) -> int:
         """Number of training images."""
         return len(self.ids)
+
+    @property
+    def classes(self) -> int:
+        """C, the number of classes; 0 without labels."""
+        return 0 if self.labels is None else self.labels.shape[1]
 
 
 @dataclass(frozen=True)
@@ -191,15 +207,18 @@ class MethodModule(Protocol):
 
     NAME: str
     CITATION: str
-    USES: Literal["graph", "labels"]
+    USES: Literal["graph", "labels", "features"]
+    GRAPH: GraphRule
     PRESETS: dict[str, Any]
     Settings: type[Any]
     Method: type[Method]
 
     def network(
-        self, settings: Any, width: int, bits: int, generator: torch.Generator, frozen: bool = True
+        self, settings: Any, width: int, bits: int, generator: torch.Generator, frozen: bool = True, classes: int = 0
     ) -> nn.Module:
         """The head: features [b, width] -> Outputs; its initial weights depend on `generator` only.
+
+        `classes` is C of the training images, 0 without labels; methods that predict classes need it.
 
         `frozen` says how it will be trained (Place.frozen), and may only matter to layers that are the identity
         in evaluation mode. Randomness in training only by nn.Dropout (hashdist/dropout.py replaces it).
@@ -209,6 +228,11 @@ class MethodModule(Protocol):
 def known_methods() -> list[str]:
     """Names of all methods, deep and shallow: the files beside this one."""
     return sorted(m.name for m in pkgutil.iter_modules(hashdist.methods.__path__) if m.name != "contract")
+
+
+def shallow_methods() -> list[str]:
+    """Names of the methods that are fitted on features, not trained by the training loop."""
+    return [name for name in known_methods() if not hasattr(find_method(name), "Method")]
 
 
 def find_method(name: str) -> ModuleType:
@@ -225,6 +249,33 @@ def deep_method(module: ModuleType) -> MethodModule:
             f"method {module.NAME!r} is shallow: it is fitted by its fit(), not trained by the training loop"
         )
     return cast(MethodModule, module)
+
+
+def fit_shallow(
+    module: ModuleType, features_ND: NDArray[np.floating], labels_NC: NDArray[np.bool_] | None, bits: int, seed: int
+) -> Encoder:
+    """Fit a shallow method on training features, with their labels where it uses any. Raises InvalidInput."""
+    if module.USES == "labels":
+        encoder = module.fit(features_ND, bits, seed, check_labels(module.NAME, labels_NC))
+    else:
+        encoder = module.fit(features_ND, bits, seed)
+    return cast(Encoder, encoder)
+
+
+def check_labels(name: str, labels_NC: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """The labels; InvalidInput where there are none, or where an image has none."""
+    if labels_NC is None or not labels_NC.shape[1]:
+        raise InvalidInput(
+            f"method {name} learns from labels, and the training images have none; use a collection with labels, or a "
+            f"method that needs none"
+        )
+    bare = np.flatnonzero(~labels_NC.any(1))
+    if len(bare):
+        raise InvalidInput(
+            f"method {name} needs at least one label for every training image, found {len(bare)} of {len(labels_NC)} "
+            f"with an empty label set (the first: row {bare[0]}); leave them out with --graph.labelled true"
+        )
+    return labels_NC
 
 
 def method_settings(module: MethodModule, preset: str, options: Mapping[str, Any] | None = None) -> Any:

@@ -38,7 +38,8 @@ from hashdist.standardize import Standardize
 
 NAME = "dsah"
 CITATION = "Lin et al., Deep Self-Adaptive Hashing for Image Retrieval, CIKM 2021"
-USES: Literal["graph", "labels"] = "graph"
+USES: Literal["graph", "labels", "features"] = "graph"
+GRAPH: contract.GraphRule = "and"
 
 Pic = Literal["pic", "none", "minus", "const", "minus_scaled"]
 
@@ -125,7 +126,14 @@ class Head(nn.Module):
         return {"z": torch.tanh(self.hash(self.hidden(self.dropout(self.standardize(features_bD)))))}
 
 
-def network(settings: Settings, width: int, bits: int, generator: torch.Generator, frozen: bool = True) -> nn.Module:
+def network(
+    settings: Settings,
+    width: int,
+    bits: int,
+    generator: torch.Generator,
+    frozen: bool = True,
+    classes: int = 0,  # noqa: ARG001
+) -> nn.Module:
     """The head on features of any width; 4096 are VGG-19's relu7 of the paper."""
     return Head(width, bits, generator, dropout=0.0 if frozen else settings.dropout)
 

@@ -20,6 +20,7 @@ from hashdist.projection import Projection
 
 NAME = "itq"
 CITATION = "Gong and Lazebnik, A Procrustean approach to learning binary codes, CVPR 2011"
+USES = "features"
 ALTERNATIONS = 50
 """The paper: "we have found that 50 iterations are enough"."""
 

@@ -14,6 +14,7 @@ from hashdist.projection import Projection
 
 NAME = "lsh"
 CITATION = "Charikar, Similarity estimation techniques from rounding algorithms, STOC 2002"
+USES = "features"
 
 
 def fit(features_ND: NDArray[np.floating], bits: int, seed: int) -> Projection:

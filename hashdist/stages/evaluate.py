@@ -9,7 +9,7 @@ the shallow methods, fitted on the same features of the same training images, st
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,23 +21,20 @@ from numpy.typing import NDArray
 
 from hashdist import bits, distributed, neighbours, ranking, scan
 from hashdist.errors import InvalidInput, NotFound
-from hashdist.methods import itq, lsh
+from hashdist.methods.contract import Encoder, find_method, fit_shallow, shallow_methods
 from hashdist.order import runs
 from hashdist.progress import say
 from hashdist.protocols import split
+from hashdist.sample import one_hot
 from hashdist.schema import OK, from_vectors
 from hashdist.settings import Settings
 from hashdist.snapshots import read_vectors
 from hashdist.store.commit import Artefact, open_artefact, read_file, read_table
 
-BASELINES: dict[str, Any] = {"itq": itq, "lsh": lsh}
-"""Shallow methods by name: fit(features [N, D], bits, seed) gives an encoder of features."""
-
 _ROWS_PER_TASK = 250_000
 _HALF = np.int64(1) << np.int64(62)
 
 Ids = NDArray[np.int64]
-Encoder = Callable[[NDArray[np.floating]], NDArray[np.float32]]
 
 
 def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -> dict[str, Any]:
@@ -59,9 +56,9 @@ def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -
     """
     started = time.perf_counter()
     wanted = settings.evaluate
-    unknown = sorted(set(wanted.baselines) - set(BASELINES))
+    unknown = sorted(set(wanted.baselines) - set(known := shallow_methods())) if wanted.baselines else []
     if unknown:
-        raise InvalidInput(f"baselines must be among {', '.join(BASELINES)}, found {', '.join(unknown)}")
+        raise InvalidInput(f"baselines must be among {', '.join(known)}, found {', '.join(unknown)}")
     if wanted.baselines and features is None:
         raise InvalidInput("baselines are fitted on features, and there are none; leave them out, or give the features")
     task = _plan(settings, codes)
@@ -72,9 +69,9 @@ def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -
     outcomes = {name: _measure(task, _codes(codes))}
     for baseline in wanted.baselines:
         assert features is not None
-        training = _vectors(features, "feature", trained_on).astype(np.float32)
-        encoder = BASELINES[baseline].fit(training, codes.manifest()["bits"], settings.train.seed)
-        outcomes[baseline] = _measure(task, _encoded(features, encoder))
+        outcomes[baseline] = _measure(
+            task, _encoded(features, _fitted(settings, baseline, codes, features, trained_on))
+        )
     by_method = {method: _metrics(settings, task, outcome, exact) for method, outcome in outcomes.items()}
     result = {
         "stage": "evaluate",
@@ -94,6 +91,14 @@ def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -
         result["curves"] = {method: ranking.by_radius(outcome.histograms) for method, outcome in outcomes.items()}
     say(f"evaluate: {len(task.queries)} queries, {task.database_size} images: {_line(by_method)}")
     return result
+
+
+def _fitted(settings: Settings, baseline: str, codes: Artefact, features: Artefact, trained_on: Ids) -> Encoder:
+    """A shallow method fitted on the images that the model was trained on."""
+    table = read_vectors(features, ["labels", "feature"], np.sort(trained_on))
+    training = from_vectors(table["feature"], table.schema).astype(np.float32)
+    labels = one_hot(table["labels"].to_pylist())
+    return fit_shallow(find_method(baseline), training, labels, codes.manifest()["bits"], settings.train.seed)
 
 
 def _line(by_method: dict[str, dict[str, float]]) -> str:

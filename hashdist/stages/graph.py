@@ -1,7 +1,13 @@
-"""graph: which images are trained on, their exact cosine neighbours, and DSAH's initial similarity W0.
+"""graph: which images are trained on, their exact cosine neighbours, and the pairs that a method starts from.
+
+| rule | positives of row i | k1, k2 by default |
+|---|---|---|
+| `and` | DSAH's W0: in the k1 nearest of i and in its top k2 by shared neighbours (Eqs 7-9) | 5 %, at most 500; k1 |
+| `union` | DDH's S: the union of N(k) over the top k2 images k by shared neighbours, i among them (Eqs 1-3) | 15; 6 |
+| `none` | no neighbours are searched: the sample alone, for methods that use no graph | |
 
 Rows are the sample's images by ascending id. Work goes in parts, each a Ray task with a create-only record: the sample
-(part 0), the neighbours of a run of rows, all neighbours in one file, W0 of a run of rows, W0 in one file. Tasks read
+(part 0), the neighbours of a run of rows, all neighbours in one file, W of a run of rows, W in one file. Tasks read
 what parts before them committed, mapped into memory where the store is on their machine. A record of the plan says
 how long the runs are, so a second run with other resources goes on where the first one stopped.
 """
@@ -18,6 +24,7 @@ from numpy.typing import NDArray
 
 from hashdist import distributed, neighbours, telemetry
 from hashdist.errors import InvalidInput
+from hashdist.methods.contract import find_method
 from hashdist.order import blocks
 from hashdist.progress import say
 from hashdist.protocols import needs_labels, split
@@ -41,7 +48,8 @@ REVISION = 1
 PLAN = "plan.json"
 _MOST_NEIGHBOURS = 500
 _SHARE = 20  # 1 / 5 % of the sample
-_BATCH = 50  # of the paper
+_UNION = (15, 6)  # K1 and K2 of DDH's paper
+_BATCH = 50  # of DSAH's paper
 _FEWEST_POSITIVES = 20  # expected positive pairs of a batch, below which training starves of them
 
 
@@ -58,7 +66,7 @@ def snapshot(settings: Settings, features: Artefact) -> Artefact:
         open_store(settings.root),
         KIND,
         inputs={"features": features.name},
-        settings=settings.graph.identity(),
+        settings=_chosen(settings).identity(),
         revision=REVISION,
         salt=settings.fresh,
     )
@@ -74,26 +82,38 @@ def run(settings: Settings, features: Artefact) -> dict[str, Any]:
     graph = snapshot(settings, features)
     if graph.exists():
         return _result(graph, started, skipped=True)
-    chosen = settings.graph
+    chosen = _chosen(settings)
     ids = _sample(chosen, features)
     k1, k2 = _sizes(chosen, len(ids), features)
     plan, _ = create_record(graph.store, PLAN, {"part_rows": max(1, chosen.part_rows)})
-    work = _Work(graph, features, ids, k1, k2, chosen.symmetrize, chosen.threads, plan["part_rows"], {})
+    work = _Work(graph, features, ids, chosen.rule, k1, k2, chosen.symmetrize, chosen.threads, plan["part_rows"], {})
     records = _run_phases(work, chosen)
     graph.publish(_manifest(chosen, work, records))
-    _warn_of_starvation(graph)
+    if chosen.rule == "and":
+        _warn_of_starvation(graph)
     return _result(graph, started, skipped=False)
+
+
+def _chosen(settings: Settings) -> GraphSettings:
+    """The settings with the rule that `auto` stands for."""
+    if settings.graph.rule != "auto":
+        return settings.graph
+    return replace(settings.graph, rule=getattr(find_method(settings.train.method), "GRAPH", "none"))
 
 
 def _sample(chosen: GraphSettings, features: Artefact) -> NDArray[np.int64]:
     """Ids of the images to train on, ascending."""
-    table = read_vectors(features, ["id", "status", *(["labels"] if chosen.protocol else [])])
+    table = read_vectors(features, ["id", "status", "labels"])
     table = table.filter(pa.compute.equal(table["status"], OK))
     ids: NDArray[np.int64] = table["id"].to_numpy()
+    rows = np.arange(len(ids))
     if chosen.protocol:
         labels = table["labels"].to_pylist() if needs_labels(chosen.protocol) else None
-        return ids[split(chosen.protocol, ids, labels, chosen.protocol_seed).train]
-    return ids[: chosen.train_sample]
+        rows = split(chosen.protocol, ids, labels, chosen.protocol_seed).train
+    if chosen.labelled:
+        counts = pa.compute.list_value_length(table["labels"]).fill_null(0).to_numpy()
+        rows = rows[counts[rows] > 0]
+    return ids[rows] if chosen.protocol else ids[rows][: chosen.train_sample]
 
 
 def _sizes(chosen: GraphSettings, n: int, features: Artefact) -> tuple[int, int]:
@@ -103,8 +123,11 @@ def _sizes(chosen: GraphSettings, n: int, features: Artefact) -> tuple[int, int]
             f"a graph needs at least 2 images with a feature in its sample, found {n} in {features.uri} "
             f"({features.manifest()['failed']} rows of it have none); add images or raise graph.train_sample"
         )
-    k1 = chosen.neighbours or max(1, min(_MOST_NEIGHBOURS, n // _SHARE))
-    k2 = chosen.shared or k1
+    if chosen.rule == "none":
+        return 0, 0
+    union = chosen.rule == "union"
+    k1 = chosen.neighbours or (min(_UNION[0], n - 1) if union else max(1, min(_MOST_NEIGHBOURS, n // _SHARE)))
+    k2 = chosen.shared or (_UNION[1] if union else k1)
     if not 1 <= k1 < n or k2 < 1:
         raise InvalidInput(
             f"graph.neighbours must lie between 1 and n - 1 = {n - 1} and graph.shared be at least 1, found {k1} and "
@@ -117,13 +140,14 @@ def _sizes(chosen: GraphSettings, n: int, features: Artefact) -> tuple[int, int]
 class _Work:
     """What the tasks need; called with a part's number, does that part and returns its record.
 
-    Parts: 0 the sample, then for each run of rows its neighbours, then their join, then for each run of rows its W0,
+    Parts: 0 the sample, then for each run of rows its neighbours, then their join, then for each run of rows its W,
     then the join of those. `records` are those of the phases before.
     """
 
     graph: Artefact
     features: Artefact
     ids: NDArray[np.int64]
+    rule: Literal["auto", "and", "union", "none"]
     k1: int
     k2: int
     symmetrize: Literal["or", "and", "none"]
@@ -138,9 +162,11 @@ class _Work:
     def phases(self) -> list[tuple[str, list[int]]]:
         """Names and parts of the phases, each reading what the ones before it committed."""
         count = len(self.runs)
+        if self.rule == "none":
+            return [("sample", [0])]
         near, shared = range(1, count + 1), range(count + 2, 2 * count + 2)
         joined = [("joining neighbours", [count + 1]), ("shared neighbours", [*shared])]
-        return [("sample", [0]), ("neighbours", [*near]), *joined, ("joining W0", [2 * count + 2])]
+        return [("sample", [0]), ("neighbours", [*near]), *joined, ("joining W", [2 * count + 2])]
 
     def __call__(self, part: int) -> dict[str, Any]:
         count = len(self.runs)
@@ -199,10 +225,11 @@ def _join_neighbours(work: _Work) -> dict[str, Any]:
 
 
 def _initial_similarity(work: _Work, start: int, stop: int) -> dict[str, Any]:
-    """W0 of rows start to stop, not yet symmetric."""
+    """W of rows start to stop, not yet symmetric."""
     neighbours_NK = _read(work.graph.store, work.records[len(work.runs) + 1]["neighbours"])
     inverted = neighbours.inverted_lists(neighbours_NK)
-    w = neighbours.initial_similarity(neighbours_NK, inverted, work.k2, (start, stop), threads=work.threads)
+    similarity = neighbours.initial_similarity if work.rule == "and" else neighbours.union_similarity
+    w = similarity(neighbours_NK, inverted, work.k2, (start, stop), threads=work.threads)
     return {"indptr": _write(work.graph, w.indptr), "indices": _write(work.graph, w.indices)}
 
 
@@ -244,7 +271,8 @@ def _fetch(uri: str, path: str, sha256: str, size: int) -> NDArray[Any]:
 
 def _manifest(chosen: GraphSettings, work: _Work, records: dict[int, dict[str, Any]]) -> dict[str, Any]:
     count = len(work.runs)
-    sample, near, similarity = records[0], records[count + 1], records[2 * count + 2]
+    sample = records[0]
+    near, similarity = records.get(count + 1, {}), records.get(2 * count + 2, {})
     n = len(work.ids)
     return {
         "stage": "graph",
@@ -255,15 +283,16 @@ def _manifest(chosen: GraphSettings, work: _Work, records: dict[int, dict[str, A
         "n": n,
         "k1": work.k1,
         "k2": work.k2,
-        "edges": similarity["edges"],
-        "rescored": sum(records[part]["rescored"] for part in range(1, count + 1)),
+        "rule": work.rule,
+        "edges": similarity.get("edges", 0),
+        "rescored": sum(records[part]["rescored"] for part in range(1, count + 1)) if near else 0,
         "files": {
             "ids": sample["ids"],
             "features": sample["features"],
             "labels": sample["labels"],
-            "neighbours": near["neighbours"],
-            "w0_indptr": similarity["w0_indptr"],
-            "w0_indices": similarity["w0_indices"],
+            "neighbours": near.get("neighbours"),
+            "w0_indptr": similarity.get("w0_indptr"),
+            "w0_indices": similarity.get("w0_indices"),
         },
     }
 
@@ -290,5 +319,5 @@ def _result(graph: Artefact, started: float, *, skipped: bool) -> dict[str, Any]
         "failed": manifest["failed"],
         "seconds": time.perf_counter() - started,
         "skipped": skipped,
-        **{name: manifest[name] for name in ("n", "k1", "k2", "edges")},
+        **{name: manifest[name] for name in ("rule", "n", "k1", "k2", "edges")},
     }

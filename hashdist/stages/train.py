@@ -104,6 +104,11 @@ def check(settings: Settings, graph: Artefact, features: Artefact, collection: A
         raise InvalidInput(
             f"method {wanted.method} learns from labels, and {graph.uri} has none; use a collection with labels"
         )
+    if method.GRAPH != "none" and graph.manifest()["rule"] == "none":
+        raise InvalidInput(
+            f"method {wanted.method} learns from a neighbour graph, and {graph.uri} holds the sample alone; build one "
+            f"with --graph.rule {method.GRAPH}"
+        )
     if wanted.mode == "images" and collection is None:
         raise InvalidInput("training from images needs the collection beside graph and features, found none")
     if wanted.mode == "images" and not features.manifest().get("weights_digest"):
@@ -227,6 +232,7 @@ def _manifest(job: _Job, finished: dict[str, Any]) -> dict[str, Any]:
         bits=wanted.bits,
         mode=wanted.mode,
         width=finished["input_width"],
+        classes=finished["classes"],
         backbone=backbone,
         head=finished["head"],
         backbone_weights=weights,
@@ -352,7 +358,7 @@ class _Reporter:
 
 def _inputs(job: _Job, comm: Communicator) -> tuple[TrainingData, nn.Module | None]:
     """The training sample, and in images mode the network with the weights that the features were made with."""
-    data = read_sample(job.graph, features=job.sample is None)
+    data = read_sample(job.graph)
     if job.sample is None:
         return data, None
     made = job.features.manifest()
@@ -376,6 +382,7 @@ def _finished(job: _Job, data: TrainingData, trained: Trained) -> dict[str, Any]
         **_trained_backbone(job, trained.backbone),
         "input_width": job.features.manifest()["width"],
         "method_settings": asdict(trained.settings),
+        "classes": data.classes,
         "rows": data.n,
         "seconds": trained.seconds,
         "history": trained.history,

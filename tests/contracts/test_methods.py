@@ -1,12 +1,13 @@
 """What every method owes the training loop, run over all files in hashdist/methods: a new one is tested by existing."""
 
+import pickle
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from training_world import (
     Killed,
     deep,
@@ -23,7 +24,16 @@ from training_world import (
 )
 
 from hashdist.communicator import Communicator, SingleProcess
-from hashdist.methods.contract import Batch, Place, find_method, known_methods, method_settings, settings_text
+from hashdist.methods.contract import (
+    Batch,
+    MethodModule,
+    Place,
+    find_method,
+    fit_shallow,
+    known_methods,
+    method_settings,
+    settings_text,
+)
 from hashdist.order import rank_slice
 from hashdist.training import Checkpoint
 
@@ -42,10 +52,11 @@ def test_a_file_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHALLOW)
 def test_a_shallow_method_fits_the_same_code_again(name: str) -> None:
-    features = tiny_data(n=200).features
+    data = tiny_data(n=200)
+    features = data.features
     assert features is not None
-    encoders = [find_method(name).fit(features, 8, seed) for seed in (0, 0)]
-    codes = [encode(features[:50]) for encode in encoders]
+    encoders = [fit_shallow(find_method(name), features, data.labels, 8, seed) for seed in (0, 0)]
+    codes = [pickle.loads(pickle.dumps(encode))(features[:50]) for encode in encoders]
     assert codes[0].shape == (50, 8)
     assert np.array_equal(codes[0], codes[1])
     assert 0 < (codes[0] >= 0).mean() < 1
@@ -57,7 +68,9 @@ class TestDeepMethod:
 
     def test_settings_are_values_with_a_paper_preset(self, name: str) -> None:
         module = deep(name)
-        assert module.USES in ("graph", "labels")
+        assert module.USES in ("graph", "labels", "features")
+        assert module.GRAPH in ("and", "union", "none")
+        assert (module.USES == "graph") == (module.GRAPH != "none")
         assert "paper" in module.PRESETS
         for preset in module.PRESETS.values():
             assert isinstance(preset, module.Settings)
@@ -70,18 +83,18 @@ class TestDeepMethod:
     def test_network_depends_on_its_generator_only(self, name: str) -> None:
         module = deep(name)
         settings = module.PRESETS["paper"]
-        same = [module.network(settings, 12, 16, torch.Generator().manual_seed(s)).state_dict() for s in (1, 1, 2)]
+        same = [head(module, settings, s).state_dict() for s in (1, 1, 2)]
         assert same_bits(same[0], same[1])
         assert not same_bits(same[0], same[2])
 
     def test_head_gives_one_row_of_bits_for_each_image_alone(self, name: str) -> None:
         module = deep(name)
-        head = module.network(module.PRESETS["paper"], 12, 16, torch.Generator().manual_seed(1)).double().eval()
+        network = head(module, module.PRESETS["paper"]).double().eval()
         x = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        outputs = head(x)
+        outputs = network(x)
         assert outputs["z"].shape == (5, 16)
         assert all(len(value) == 5 for value in outputs.values())
-        assert torch.allclose(head(x[3:4])["z"], outputs["z"][3:4], rtol=1e-12)
+        assert torch.allclose(network(x[3:4])["z"], outputs["z"][3:4], rtol=1e-12)
 
     @pytest.mark.parametrize("batch", [50, 13])
     def test_gradients_do_not_depend_on_the_number_of_ranks(self, name: str, batch: int) -> None:
@@ -130,6 +143,11 @@ class TestDeepMethod:
         assert trained.history[-1]["loss"] < trained.history[0]["loss"]
 
 
+def head(module: MethodModule, settings: Any, seed: int = 1) -> nn.Module:
+    """A head for tiny_data."""
+    return module.network(settings, 12, 16, torch.Generator().manual_seed(seed), classes=tiny_data().classes)
+
+
 def loss_gradient(name: str, world_size: int, batch: int) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradient of one global batch, summed over the ranks, in the head's parameters; and the terms."""
     module, data = deep(name), tiny_data()
@@ -140,19 +158,19 @@ def loss_gradient(name: str, world_size: int, batch: int) -> tuple[dict[str, Ten
     features = torch.from_numpy(data.features[rows]).double()
 
     def work(comm: Communicator) -> tuple[dict[str, Tensor], dict[str, float]]:
-        head = module.network(chosen, 12, 16, torch.Generator().manual_seed(1)).double()
+        network = head(module, chosen).double()
         method = module.Method(chosen, Place(16, True, data, comm, dtype=torch.float64, seed=3))
 
         def encode() -> Tensor:
             with torch.no_grad():
-                return head(torch.from_numpy(data.features).double())["z"].float()  # type: ignore[no-any-return, arg-type]
+                return network(torch.from_numpy(data.features).double())["z"].float()  # type: ignore[no-any-return, arg-type]
 
-        method.prepare(head, encode)
+        method.prepare(network, encode)
         method.start_epoch(0, encode)
         sizes = tuple(s.stop - s.start for s in slices)
-        loss = method.loss(head(features[slices[comm.rank]]), Batch(rows, slices[comm.rank], sizes, 0))
+        loss = method.loss(network(features[slices[comm.rank]]), Batch(rows, slices[comm.rank], sizes, 0))
         loss.backward.backward()
-        own = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in head.named_parameters()}
+        own = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()}
         return own, {term: float(value) for term, value in loss.terms.items()}
 
     found = on_ranks(world_size, work)

@@ -54,7 +54,7 @@ def gradient(name: str, comm: Communicator, **options: Any) -> Tensor:
     """All gradients of one batch of a method, float64, through the flat buffer."""
     data, module = tiny_data(), deep(name)
     chosen: Any = method_settings(module, "paper", {"batch": BATCH, **options})
-    head = module.network(chosen, 12, 16, torch.Generator().manual_seed(1)).double()
+    head = module.network(chosen, 12, 16, torch.Generator().manual_seed(1), classes=data.classes).double()
     method = module.Method(chosen, Place(16, True, data, comm, dtype=torch.float64, seed=3))
     assert data.features is not None
     features = torch.from_numpy(data.features).double()

@@ -43,6 +43,7 @@ def _model(root: str, width: int, backbone: dict[str, Any], mode: str = "frozen"
         bits=BITS,
         mode=mode,
         width=width,
+        classes=0,
         backbone=backbone,
         head=write_file(made.store, made.new_name(".safetensors"), safetensors.save(head.state_dict())),
         backbone_weights=write_file(made.store, made.new_name(".safetensors"), weights) if weights else None,

@@ -37,6 +37,7 @@ def _committed(root: Path, width: int = 64, **changes: Any) -> Artefact:
         "bits": BITS,
         "mode": "frozen",
         "width": width,
+        "classes": 0,
         "backbone": build_backbone(PIXELS).spec,
         "head": write_file(made.store, made.new_name(".safetensors"), safetensors.save(head.state_dict())),
         "backbone_weights": None,

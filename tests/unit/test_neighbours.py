@@ -25,6 +25,7 @@ from hashdist.neighbours import (
     shared_neighbour_ranking,
     similarity,
     symmetric,
+    union_similarity,
 )
 
 
@@ -310,3 +311,17 @@ def test_w0_without_edges() -> None:
     lonely = np.array([[1], [2], [0]], np.int32)
     alone = initial_similarity(lonely, inverted_lists(lonely), 1)
     assert as_dense(alone).sum() == 0  # the one place goes to the image itself
+
+
+def test_union_is_that_of_the_lists_of_the_most_overlapping_images() -> None:
+    n, k1, k2 = 300, 9, 5
+    near = self_nearest(np.random.default_rng(3).normal(size=(n, 6)).astype(np.float32), k1).rows_MK
+    listed = np.eye(n, dtype=bool)
+    np.put_along_axis(listed, near.astype(np.int64), True, axis=1)
+    ranked = shared_neighbour_ranking(near, inverted_lists(near), k2).rows_MK
+    dense = np.stack([listed[row[row >= 0]].any(0) for row in ranked]) & ~np.eye(n, dtype=bool)
+    for start, stop in ((0, n), (37, 200)):
+        found = union_similarity(near, inverted_lists(near), k2, (start, stop))
+        assert np.array_equal(np.diff(found.indptr), dense[start:stop].sum(1))
+        assert np.array_equal(found.indices, np.nonzero(dense[start:stop])[1])
+    assert (dense[np.arange(n)[:, None], near]).all()  # S contains every image's own list

@@ -1,0 +1,11 @@
+"""Graph -> model: trains DDH on the Ray cluster; resumes from its newest checkpoint.
+
+ray job submit --working-dir . -- python jobs/train_ddh.py --config pipeline.yaml
+"""
+
+import sys
+
+from hashdist.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:], "--train.method=ddh"]))

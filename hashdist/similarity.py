@@ -43,6 +43,7 @@ _NEVER, _ALWAYS = 1 << 24, -(1 << 24)  # beyond any product, and exact in float3
 _STRIPE, _COLUMNS = 512, 1024  # one CPU tile: 2 MiB a product, near the caches
 _GPU_COLUMNS = 1 << 15
 _LOW_BITS = 20
+_AGREEMENT_PAIRS, _AGREEMENT_ROWS = 1 << 25, 256
 _LOW = (1 << _LOW_BITS) - 1
 
 Integers = NDArray[np.int64]
@@ -85,6 +86,25 @@ class Refresh:
         if self.m is not None and math.isinf(self.m):
             found["m"] = str(self.m)
         return found
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well W = +1 says that two images share a label; pairs i != j.
+
+    Args:
+        rows: rows i that were looked at, against all j; all n where that is affordable, else evenly spaced ones.
+        positives: pairs with w = +1 in these rows.
+        precision: share of them with a label in common.
+        recall: share of the pairs with a label in common that have w = +1.
+        f_w: harmonic mean of the two (DSAH, Fig 7; true positives only, not the agreeing negatives).
+    """
+
+    rows: int
+    positives: int
+    precision: float
+    recall: float
+    f_w: float
 
 
 class ImplicitW:
@@ -162,6 +182,21 @@ class ImplicitW:
         if threshold < _NEVER:
             self._past.append((q_nL, threshold))
         return Refresh(count, mu, sigma, m, threshold, time.perf_counter() - start)
+
+    def agreement(self, labels_nC: NDArray[np.bool_], comm: Communicator) -> Agreement:
+        """Precision, recall and F of W against labels. All ranks must call it; it is the same on each."""
+        rows = np.unique(np.linspace(0, self.n - 1, min(self.n, max(1, _AGREEMENT_PAIRS // self.n))).astype(np.int64))
+        labels = torch.from_numpy(np.ascontiguousarray(labels_nC)).to(self._device, torch.float32)
+        counts = torch.zeros(3, dtype=torch.int64, device=self._device)
+        for start, stop in list(blocks(len(rows), _AGREEMENT_ROWS))[comm.rank :: comm.world_size]:
+            own = rows[start:stop]
+            positive = self.block(own, np.arange(self.n)) > 0
+            shared = labels[torch.from_numpy(own).to(self._device)] @ labels.T > 0
+            positive[np.arange(len(own)), own] = shared[np.arange(len(own)), own] = False
+            counts += torch.stack((positive.sum(), shared.sum(), (positive & shared).sum()))
+        positives, relevant, both = torch.cat(comm.gather(counts[None], [1] * comm.world_size)).sum(0).tolist()
+        f_w = 2 * both / max(1, positives + relevant)
+        return Agreement(len(rows), positives, both / max(1, positives), both / max(1, relevant), f_w)
 
     def state_dict(self) -> dict[str, Any]:
         """Embeddings and thresholds of the past rounds (W0 is the graph's, and named by the run)."""

@@ -79,6 +79,7 @@ TRAIN_IMAGES_PER_S = Metric(
 )
 REFRESH_SECONDS = Metric("hashdist_train_refresh_seconds", "histogram", "Time of one global similarity refresh.")
 THRESHOLD = Metric("hashdist_train_threshold", "gauge", "Threshold m of the last similarity refresh.")
+AGREEMENT = Metric("hashdist_train_agreement", "gauge", "F of W against labels in the last round, where there are any.")
 POSITIVES = Metric("hashdist_train_positive_pairs", "gauge", "Positive pairs of W after the last refresh (i < j).")
 CHECKPOINTS = Metric("hashdist_train_checkpoints_total", "counter", "Committed checkpoints.", ("method",))
 COMMITS = Metric("hashdist_commits_total", "counter", "Commits by outcome: won, lost, recovered.", ("outcome",))

@@ -20,7 +20,7 @@ Departures carry the number of the decision (docs/decisions.md).
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -319,17 +319,22 @@ class Method(contract.Method):
     def end_of_round(self, round_: int, encode: Encode) -> dict[str, Any]:
         """Eqs 10-12: grow W. D6: on cosines (Eq 4) of all pairs off the diagonal, population sigma, implicit W.
 
-        The update after the last round trains nothing and is left out unless its figures are asked for.
+        The update after the last round trains nothing and is left out unless its figures are asked for. Where there are
+        labels, how well the round's W agrees with them is reported, and used for nothing else (Fig 7: n_+, m, F_w).
         """
+        labels_nC = self.place.data.labels
+        agreed = {} if labels_nC is None else asdict(self.w.agreement(labels_nC, self.place.comm))
+        if agreed and self.place.comm.rank == 0:
+            telemetry.AGREEMENT.set(agreed["f_w"])
         if round_ + 1 == self.settings.rounds and not self.settings.update_after_last:
-            return {}
+            return agreed
         found = self.w.refresh(quantize(encode()), self.settings.gamma, self.place.comm, self.place.threads)
         if self.place.comm.rank == 0:
             telemetry.REFRESH_SECONDS.observe(found.seconds)
             telemetry.POSITIVES.set(found.pairs / 2)
             if found.m is not None:
                 telemetry.THRESHOLD.set(found.m)
-        return found.report()
+        return {**agreed, **found.report()}
 
     def state_dict(self) -> dict[str, Any]:
         """The past of W."""

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from training_world import on_ranks, sparse
 
-from hashdist.communicator import SingleProcess
+from hashdist.communicator import Communicator, SingleProcess
 from hashdist.errors import InvalidInput
 from hashdist.order import permutation
-from hashdist.similarity import GRID, ROW_BLOCK, ImplicitW, quantize
+from hashdist.similarity import GRID, ROW_BLOCK, Agreement, ImplicitW, quantize
 
 ALONE = SingleProcess()
 
@@ -246,3 +246,29 @@ def test_what_does_not_fit_is_refused() -> None:
     w = implicit(random_positive(10, 0.2, 0))
     with pytest.raises(InvalidInput, match="all 10 images"):
         w.refresh(quantize(embeddings(9, 8, 0)), 1.0, ALONE)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_agreement_with_labels_is_precision_recall_and_f_of_the_dense_matrix(world_size: int) -> None:
+    rng = np.random.default_rng(0)
+    n = 700
+    positive = rng.random((n, n)) < 0.05
+    graph = sparse(positive | positive.T)
+    labels = rng.random((n, 6)) < 0.25
+    z = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
+
+    def work(comm: Communicator) -> Agreement:
+        w = ImplicitW(graph.indptr, graph.indices)
+        w.refresh(quantize(z), 1.0, comm)
+        return w.agreement(labels, comm)
+
+    w = ImplicitW(graph.indptr, graph.indices)
+    w.refresh(quantize(z), 1.0, SingleProcess())
+    off = ~np.eye(n, dtype=bool)
+    found = (w.block(np.arange(n)).numpy() > 0) & off
+    shared = ((labels.astype(int) @ labels.T.astype(int)) > 0) & off
+    precision, recall = (found & shared).sum() / found.sum(), (found & shared).sum() / shared.sum()
+    for agreed in on_ranks(world_size, work):
+        assert (agreed.rows, agreed.positives) == (n, found.sum())
+        assert (agreed.precision, agreed.recall) == pytest.approx((precision, recall))
+        assert agreed.f_w == pytest.approx(2 * precision * recall / (precision + recall))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashdist.bits import check_bits
-from hashdist.errors import InvalidInput
+from hashdist.principal import centre, check_directions, principal_directions
 from hashdist.projection import Projection
 
 NAME = "itq"
@@ -36,31 +36,12 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int) -> Projection:
     Raises InvalidInput for more bits than directions.
     """
     check_bits(bits)
-    n, width = features_ND.shape
-    if bits > min(n, width):
-        raise InvalidInput(
-            f"ITQ finds at most min(images, feature width) = {min(n, width)} bits, found {bits}; use LSH"
-        )
-    mean_D = features_ND.mean(0, dtype=np.float64)
-    centred_ND = (features_ND - mean_D).astype(np.float32)
-    components_DL = _principal_directions(centred_ND, bits)
+    check_directions("ITQ", bits, features_ND)
+    mean_D, centred_ND = centre(features_ND)
+    components_DL = principal_directions(centred_ND, bits)  # Eq (1)
     v_NL = (centred_ND @ components_DL.astype(np.float32)).astype(np.float64)
     rotation_LL = _rotation(v_NL, np.random.default_rng(seed))
     return Projection(mean_D.astype(np.float32), (components_DL @ rotation_LL).astype(np.float32))
-
-
-def _principal_directions(centred_ND: NDArray[np.float32], count: int) -> NDArray[np.float64]:
-    """Eq (1): maximise tr(W^T X^T X W) with orthonormal W: eigenvectors of the largest eigenvalues."""
-    n, width = centred_ND.shape
-    if n >= width:
-        _, vectors = np.linalg.eigh((centred_ND.T @ centred_ND).astype(np.float64))
-        leading: NDArray[np.float64] = vectors[:, ::-1][:, :count]
-        return leading
-    # fewer images than dimensions: the same directions from the smaller n x n problem
-    values, vectors = np.linalg.eigh((centred_ND @ centred_ND.T).astype(np.float64))
-    directions = centred_ND.T.astype(np.float64) @ vectors[:, ::-1][:, :count]
-    unit: NDArray[np.float64] = directions / np.sqrt(values[::-1][:count].clip(1e-12))
-    return unit
 
 
 def _rotation(v_NL: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:

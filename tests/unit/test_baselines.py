@@ -6,6 +6,7 @@ import pytest
 from hashdist.bits import hamming, pack
 from hashdist.errors import InvalidInput
 from hashdist.methods import itq, lsh
+from hashdist.principal import principal_directions
 
 
 def clusters(n: int = 600, width: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +49,7 @@ def test_itq_projects_on_the_leading_directions_and_only_rotates_them() -> None:
 def test_itq_loses_less_when_signs_are_taken_than_pca_does() -> None:
     features, _ = clusters()
     centred = (features - features.mean(0)).astype(np.float64)
-    v = centred @ itq._principal_directions(centred.astype(np.float32), 16)
+    v = centred @ principal_directions(centred.astype(np.float32), 16)
     rotated = v @ itq._rotation(v, np.random.default_rng(0))
 
     def loss(z: np.ndarray) -> float:

@@ -250,5 +250,5 @@ def test_evaluation_of_codes_without_labels_measures_recall_only(tmp_path: Any) 
         evaluate.run(settings_of(tmp_path.as_uri(), **wanted), made.codes)
     with pytest.raises(InvalidInput, match="baselines are fitted on features"):
         evaluate.run(settings_of(tmp_path.as_uri(), baselines=["itq"]), made.codes)
-    with pytest.raises(InvalidInput, match="must be among .*itq, .*lsh, .*found pca"):
+    with pytest.raises(InvalidInput, match=r"must be among .*itq, .*lsh, .*found pca"):
         evaluate.run(settings_of(tmp_path.as_uri(), baselines=["pca"]), made.codes, made.features)

@@ -44,11 +44,15 @@ def test_uniform_draws_without_labels():
     assert abs(made.query.mean() - 499.5) < 4 * 288.7 / np.sqrt(50)
 
 
-def test_an_image_of_several_labels_is_drawn_under_its_first():
-    ids, labels = collection(3, 700)
-    made = split("nus-21", ids, [[int(label), 7] for label in labels])
-    assert np.bincount(labels[made.query]).tolist() == [100] * 3
-    assert np.bincount(labels[made.train]).tolist() == [500] * 3
+def test_an_image_of_several_labels_takes_a_place_of_the_first_that_has_one() -> None:
+    ids, labels = collection(3, 900)
+    made = split("nus-21", ids, [[7, int(label)] for label in labels])
+    # 600 of each of the classes 0, 1, 2, then 600 of the 900 others under label 7, the lists being in label order
+    assert (len(made.query), len(made.train), len(made.database)) == (400, 2000, 2300)
+    assert (np.bincount(labels[made.query]) >= 100).all()
+    assert (np.bincount(labels[made.train]) >= 500).all()
+    with pytest.raises(InvalidInput, match="class 7 has only 300 images"):
+        split("nus-21", ids[:2100], [[7, int(label)] for label in labels[:2100]])
 
 
 def test_row_order_does_not_matter_and_seeds_do():

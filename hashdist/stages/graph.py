@@ -27,7 +27,7 @@ from hashdist.errors import InvalidInput
 from hashdist.methods.contract import find_method
 from hashdist.order import blocks
 from hashdist.progress import say
-from hashdist.protocols import needs_labels, split
+from hashdist.protocols import columns, identity, split_rows
 from hashdist.schema import OK, from_vectors
 from hashdist.settings import GraphSettings, Settings
 from hashdist.snapshots import read_vectors
@@ -66,7 +66,7 @@ def snapshot(settings: Settings, features: Artefact) -> Artefact:
         open_store(settings.root),
         KIND,
         inputs={"features": features.name},
-        settings=_chosen(settings).identity(),
+        settings=_identity(_chosen(settings)),
         revision=REVISION,
         salt=settings.fresh,
     )
@@ -101,15 +101,20 @@ def _chosen(settings: Settings) -> GraphSettings:
     return replace(settings.graph, rule=getattr(find_method(settings.train.method), "GRAPH", "none"))
 
 
+def _identity(chosen: GraphSettings) -> dict[str, Any]:
+    """What names the graph: of a protocol file its sets, not where it lies."""
+    return {**chosen.identity(), "protocol": identity(chosen.protocol)}
+
+
 def _sample(chosen: GraphSettings, features: Artefact) -> NDArray[np.int64]:
     """Ids of the images to train on, ascending."""
-    table = read_vectors(features, ["id", "status", "labels"])
+    needed = columns(chosen.protocol) if chosen.protocol else []
+    table = read_vectors(features, list(dict.fromkeys(["id", "status", "labels", *needed])))
     table = table.filter(pa.compute.equal(table["status"], OK))
     ids: NDArray[np.int64] = table["id"].to_numpy()
     rows = np.arange(len(ids))
     if chosen.protocol:
-        labels = table["labels"].to_pylist() if needs_labels(chosen.protocol) else None
-        rows = split(chosen.protocol, ids, labels, chosen.protocol_seed).train
+        rows = split_rows(chosen.protocol, table, chosen.protocol_seed).train
     if chosen.labelled:
         counts = pa.compute.list_value_length(table["labels"]).fill_null(0).to_numpy()
         rows = rows[counts[rows] > 0]
@@ -277,7 +282,7 @@ def _manifest(chosen: GraphSettings, work: _Work, records: dict[int, dict[str, A
     return {
         "stage": "graph",
         "inputs": {"features": {"uri": work.features.uri, "digest": work.features.name}},
-        "settings": chosen.identity(),
+        "settings": _identity(chosen),
         "rows": n,
         "failed": 0,
         "n": n,

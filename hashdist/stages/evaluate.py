@@ -24,7 +24,7 @@ from hashdist.errors import InvalidInput, NotFound
 from hashdist.methods.contract import Encoder, find_method, fit_shallow, shallow_methods
 from hashdist.order import runs
 from hashdist.progress import say
-from hashdist.protocols import split
+from hashdist.protocols import columns, split_rows
 from hashdist.sample import one_hot
 from hashdist.schema import OK, from_vectors
 from hashdist.settings import Settings
@@ -46,9 +46,9 @@ def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -
         features: the features they were made from; without them no label-free recall and no baselines.
 
     Returns:
-        stage, protocol, queries, database, bits, metrics (of the codes), by_method (metrics of the codes and of each
-        baseline), curves (precision and recall by radius), without_relevant (queries that no image is relevant to),
-        seconds.
+        stage, protocol, split (digest of its sets), queries, database, bits, metrics (of the codes), by_method
+        (metrics of the codes and of each baseline), curves (precision and recall by radius), without_relevant (queries
+        that no image is relevant to), seconds.
 
     Raises:
         InvalidInput: an unknown protocol or baseline, baselines without features, nothing to measure, or queries
@@ -77,6 +77,7 @@ def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -
         "stage": "evaluate",
         "snapshot": codes.uri,
         "protocol": wanted.protocol,
+        "split": task.split,
         "queries": len(task.queries),
         "database": task.database_size,
         "bits": codes.manifest()["bits"],
@@ -121,6 +122,7 @@ class Task:
         classes: number of labels; 0 = there are none.
         depth: places of the ranked lists that are needed.
         own: whether queries are in the database, where each is left out of its own results.
+        split: digest of the protocol's sets; None without protocol.
     """
 
     queries: Ids
@@ -130,18 +132,20 @@ class Task:
     classes: int
     depth: int
     own: bool
+    split: str | None = None
 
 
 def _plan(settings: Settings, codes: Artefact) -> Task:
     wanted = settings.evaluate
-    rows = _labelled_ids(codes)
+    rows = _labelled_ids(codes, columns(wanted.protocol) if wanted.protocol else [])
     highest = pc.max(pc.list_flatten(rows["labels"])).as_py()
     classes = 0 if highest is None else highest + 1
     ids = rows["id"].to_numpy()
-    database = None
+    database = digest = None
     if wanted.protocol:
-        parts = split(wanted.protocol, ids, rows["labels"].to_pylist(), wanted.protocol_seed)
+        parts = split_rows(wanted.protocol, rows, wanted.protocol_seed)
         queries, database = ids[parts.query], ids[parts.database]  # ids ascend, and so do rows
+        digest = parts.digest()
     else:
         queries = ids[: wanted.queries]
     if not len(queries):
@@ -150,13 +154,14 @@ def _plan(settings: Settings, codes: Artefact) -> Task:
     own = bool(np.isin(queries, database).any()) if database is not None else True
     size = len(ids) if database is None else len(database)
     depth = max(wanted.cut, wanted.precision_at, wanted.recall_at) + own
-    return Task(queries, masks, database, size, classes, min(depth, size), own)
+    return Task(queries, masks, database, size, classes, min(depth, size), own, digest)
 
 
-def _labelled_ids(codes: Artefact) -> pa.Table:
-    """Ids and labels of the images that have a code, by id."""
-    rows = read_vectors(codes, ["id", "labels", "status"])
-    return rows.filter(pc.equal(rows["status"], OK)).select(["id", "labels"]).combine_chunks()
+def _labelled_ids(codes: Artefact, others: Sequence[str] = ()) -> pa.Table:
+    """Ids and labels of the images that have a code, by id, and what other columns are asked for."""
+    names = list(dict.fromkeys(["id", "labels", *others]))
+    rows = read_vectors(codes, [*names, "status"])
+    return rows.filter(pc.equal(rows["status"], OK)).select(names).combine_chunks()
 
 
 def _model_of(codes: Artefact, settings: Settings, task: Task) -> tuple[str, Ids]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from training_world import (
+    QUICK,
     Killed,
     deep,
     deep_methods,
@@ -151,7 +152,7 @@ def head(module: MethodModule, settings: Any, seed: int = 1) -> nn.Module:
 def loss_gradient(name: str, world_size: int, batch: int) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradient of one global batch, summed over the ranks, in the head's parameters; and the terms."""
     module, data = deep(name), tiny_data()
-    chosen: Any = method_settings(module, "paper", {"batch": batch})
+    chosen: Any = method_settings(module, "paper", {"batch": batch, **QUICK.get(name, {})})
     slices = [rank_slice(batch, r, world_size) for r in range(world_size)]
     rows = np.random.default_rng(2).permutation(data.n)[:batch]
     assert data.features is not None

@@ -8,7 +8,7 @@ codes that are all equal, or of three kinds, cost no more than random ones.
 
 The kernels are compiled by numba without its own threads (its parallel mode aborts under concurrent callers) and
 release the GIL; work is spread over one pool of this module: rows over threads for few queries, queries over threads
-for many. Any number of Python threads may search at once.
+for many (histograms: always rows). Any number of Python threads may search at once.
 """
 
 import os
@@ -33,6 +33,10 @@ _COLUMNS_FROM = 4  # queries from which turning a block of wide codes word by wo
 _ROWS_PER_TASK = 1 << 16  # a task is not worth a thread's while below this many codes
 _QUERIES_PER_TASK = 64
 _BUFFER_BYTES = 64 << 20  # candidates kept per task
+_TILE_BYTES = (
+    1 << 18
+)  # codes and labels that all queries pass before the next ones: they stay in the second-level cache
+_LANES = 4  # counters per distance and relevance: an increment need not wait for the one before
 
 
 class Nearest(NamedTuple):
@@ -169,8 +173,15 @@ def histograms(
     Histograms of shards add up; all exact metrics come from their sum (hashdist/ranking.py).
 
     Args:
+        codes_NW: packed codes; may be unaligned or memory-mapped.
+        queries_QW: packed codes of the same width.
         labels_NM: label sets as bit masks, 64 labels a word (`ranking.label_masks`).
         query_labels_QM: likewise.
+        dead: bitmap of rows to leave out, see `bitmap`.
+        threads: 0 = all cores.
+
+    Raises:
+        InvalidInput: arrays of other types or widths, label masks that do not match.
     """
     _check(codes_NW, queries_QW)
     if labels_NM.shape != (len(codes_NW), query_labels_QM.shape[1]) or len(query_labels_QM) != len(queries_QW):
@@ -178,21 +189,21 @@ def histograms(
             f"one label mask per code and per query is required, all of one width, found {labels_NM.shape} for "
             f"{len(codes_NW)} codes and {query_labels_QM.shape} for {len(queries_QW)} queries"
         )
-    levels = 8 * codes_NW.shape[1] + 1
+    rows, width = codes_NW.shape
     codes, words_Q = np.ascontiguousarray(codes_NW), _words(queries_QW)
-    counts = np.zeros((len(queries_QW), levels, 2), np.int64)
     labels, query_labels = (np.require(m, np.uint64, ["C", "A", "W"]) for m in (labels_NM, query_labels_QM))
     mask = _NO_ROWS if dead is None else dead
-    cores = threads or _cores()
-    batches = list(blocks(len(queries_QW), max(1, min(_QUERIES_PER_TASK, -(-len(queries_QW) // cores)))))
+    form, tile = (0,) * words_Q.shape[1], max(1, _TILE_BYTES // (_BLOCK * (width + 8 * labels.shape[1])))
 
-    def count(batch: tuple[int, int]) -> None:
-        q = slice(*batch)
-        _histogram(codes.ctypes.data, words_Q[q], *_form(words_Q[q]), mask, labels, query_labels[q], counts[q])
+    def count(row_range: tuple[int, int]) -> NDArray[np.int64]:
+        counts = np.zeros((len(queries_QW), 2, 8 * width + 1), np.int64)
+        _histogram(codes.ctypes.data, *row_range, words_Q, form, mask, labels, query_labels, tile, counts)
+        return counts
 
-    _spread([partial(count, batch) for batch in batches], threads)
-    relevant = counts[:, :, 1]
-    return np.stack([counts[:, :, 0] + relevant, relevant], axis=1)
+    ranges = blocks(rows, max(_BLOCK, -(-rows // (threads or _cores())))) if rows else [(0, 0)]
+    counts: NDArray[np.int64] = sum(_spread([partial(count, r) for r in ranges], threads))
+    counts[:, 0] += counts[:, 1]
+    return counts
 
 
 def bitmap(rows: NDArray[np.int64], n: int) -> NDArray[np.uint8] | None:
@@ -494,19 +505,69 @@ def _within(codes, row0, row1, queries, form, turned, dead, levels):
 
 @kernel
 @no_type_check
-def _histogram(codes, queries, form, turned, dead, labels, query_labels, counts):
-    buffer = np.empty((len(form), _BLOCK), queries.dtype)
-    distances = np.empty(_BLOCK, np.int64)
-    for start in range(0, len(labels), _BLOCK):
-        stop = min(start + _BLOCK, len(labels))
-        block, first = _open_block(codes, start, stop, queries, form, turned, buffer)
+def _open_tile(codes, row, row1, like, form, dead, labels, turned, turned_labels):
+    """Fill a tile, blocks [blocks, words, _BLOCK] of codes and of label masks, with live rows from `row` on.
+
+    Returns how many they are and the row after them.
+    """
+    held = 0
+    while row < row1 and held < len(turned) * _BLOCK:
+        if not _is_dead(dead, row):
+            block, place = held // _BLOCK, held % _BLOCK
+            for w in range(len(form)):
+                turned[block, w, place] = _load(codes, row * len(form) + w, like)
+            for m in range(labels.shape[1]):
+                turned_labels[block, m, place] = labels[row, m]
+            held += 1
+        row += 1
+    return held, row
+
+
+@kernel
+@no_type_check
+def _shares(labels_MB, asked_M, places):
+    """Add 1 to the place of every code that shares a label."""
+    if len(asked_M) == 1:
+        for r in range(_BLOCK):
+            places[r] += np.uint64((labels_MB[0, r] & asked_M[0]) != 0)
+    elif len(asked_M) == 2:
+        for r in range(_BLOCK):
+            places[r] += np.uint64(((labels_MB[0, r] & asked_M[0]) | (labels_MB[1, r] & asked_M[1])) != 0)
+    else:
+        shared = np.zeros(_BLOCK, np.uint64)
+        for m in range(len(asked_M)):
+            if asked_M[m] != 0:
+                for r in range(_BLOCK):
+                    shared[r] |= labels_MB[m, r] & asked_M[m]
+        for r in range(_BLOCK):
+            places[r] += np.uint64(shared[r] != 0)
+
+
+@kernel
+@no_type_check
+def _histogram(codes, row, row1, queries, form, dead, labels, query_labels, tile, counts):
+    """Add the rows of a range to counts [Q, not relevant or relevant, distance].
+
+    The counter of a code is table[distance, lane, relevant], with the lane going round. Its place is found for a
+    block at once, by vector instructions; what is left is one increment per code.
+    """
+    turned = np.empty((tile, len(form), _BLOCK), queries.dtype)
+    turned_labels = np.empty((tile, labels.shape[1], _BLOCK), np.uint64)
+    places = np.empty(_BLOCK, np.uint64)
+    table = np.empty(counts.shape[2] * _LANES * 2, np.int64)
+    while row < row1:
+        held, row = _open_tile(codes, row, row1, queries, form, dead, labels, turned, turned_labels)
         for q in range(len(queries)):
-            for r in range(stop - start):
-                distances[r] = np.int64(_distance(block, first + r, queries, q, form, turned))
-            for r in range(stop - start):
-                if _is_dead(dead, start + r):
-                    continue
-                shared = np.uint64(0)
-                for m in range(labels.shape[1]):
-                    shared |= labels[start + r, m] & query_labels[q, m]
-                counts[q, distances[r], np.int64(shared != 0)] += 1
+            table[:] = 0
+            for start in range(0, held, _BLOCK):
+                block = turned[start // _BLOCK].ctypes.data
+                for r in range(_BLOCK):
+                    distance = np.uint64(_distance(block, r, queries, q, form, (0,)))
+                    places[r] = (distance * np.uint64(_LANES) + np.uint64(r % _LANES)) * np.uint64(2)
+                _shares(turned_labels[start // _BLOCK], query_labels[q], places)
+                for r in range(min(_BLOCK, held - start)):
+                    table[places[r]] += 1
+            for d in range(counts.shape[2]):
+                for lane in range(_LANES):
+                    counts[q, 0, d] += table[(d * _LANES + lane) * 2]
+                    counts[q, 1, d] += table[(d * _LANES + lane) * 2 + 1]

@@ -147,30 +147,56 @@ def test_mapped_and_unaligned_codes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(scan.nearest(strided, asked, 20).rows_QK, scan.nearest(codes, asked, 20).rows_QK)
 
 
-@pytest.mark.parametrize("classes", [3, 200])
-@pytest.mark.parametrize("width", [2, 5, 16])
-@pytest.mark.parametrize("queries", [1, 7])
-def test_histograms(small_tasks: None, width: int, queries: int, classes: int) -> None:
-    rng = np.random.default_rng(3)
-    codes, asked = random_codes(1111, width), random_codes(queries, width, seed=1)
-    words = -(-classes // 64)
+def random_masks(n: int, classes: int, seed: int) -> NDArray[np.uint64]:
+    """Label sets of 1.5 classes in the mean, some of them empty."""
+    flags = np.zeros((n, -(-classes // 64) * 64), np.bool_)
+    flags[:, :classes] = np.random.default_rng(seed).random((n, classes)) < 1.5 / classes
+    return np.packbits(flags, axis=1, bitorder="little").view(np.uint64)
 
-    def masks(n: int) -> NDArray[np.uint64]:
-        flags = np.zeros((n, 64 * words), np.bool_)
-        flags[:, :classes] = rng.random((n, classes)) < 1.5 / classes
-        return np.packbits(flags, axis=1, bitorder="little").view(np.uint64)
 
-    labels, query_labels = masks(1111), masks(queries)
-    dead = np.flatnonzero(rng.random(1111) < 0.2)
-    got = scan.histograms(codes, asked, labels, query_labels, dead=scan.bitmap(dead, 1111))
+def check_histograms(
+    codes: Codes, asked: Codes, labels: NDArray[np.uint64], wanted: NDArray[np.uint64], dead: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Against one bincount per query, on one to three threads; returns the counts."""
+    levels = 8 * codes.shape[1] + 1
     table = distances(codes, asked, dead)
-    shared = (labels[None] & query_labels[:, None]).any(2)
-    for q in range(queries):
-        alive = table[q] < FAR
-        np.testing.assert_array_equal(got[q, 0], np.bincount(table[q][alive], minlength=8 * width + 1))
-        relevant = alive & shared[q]
-        np.testing.assert_array_equal(got[q, 1], np.bincount(table[q][relevant], minlength=8 * width + 1))
-    assert 0 < got[:, 1].sum() < got[:, 0].sum()
+    expected = np.zeros((len(asked), 2, levels), np.int64)
+    for q, row in enumerate(table):
+        shared = (labels & wanted[q]).any(1)
+        expected[q] = [np.bincount(row[keep], minlength=levels) for keep in (row < FAR, (row < FAR) & shared)]
+    for threads in (1, 2, 3, 0):
+        got = scan.histograms(codes, asked, labels, wanted, dead=scan.bitmap(dead, len(codes)), threads=threads)
+        np.testing.assert_array_equal(got, expected)
+        assert (got.dtype, got.shape) == (np.int64, expected.shape)
+    return expected
+
+
+@pytest.mark.parametrize("classes", [3, 100, 200])
+@pytest.mark.parametrize("width", [2, 4, 5, 8, 16, 128])
+@pytest.mark.parametrize("tile_bytes", [1, 1 << 18])
+def test_histograms(
+    small_tasks: None, monkeypatch: pytest.MonkeyPatch, width: int, classes: int, tile_bytes: int
+) -> None:
+    monkeypatch.setattr(scan, "_TILE_BYTES", tile_bytes)
+    codes, asked = random_codes(2111, width), random_codes(7, width, seed=1)
+    labels, wanted = random_masks(2111, classes, 3), random_masks(7, classes, 4)
+    dead = np.flatnonzero(np.random.default_rng(5).random(2111) < 0.2)
+    for some in (dead, dead[:0]):
+        counts = check_histograms(codes, asked, labels, wanted, some)
+        assert 0 < counts[:, 1].sum() < counts[:, 0].sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 1600), distinct=st.integers(1, 4), queries=st.integers(0, 5), classes=st.integers(1, 70),
+    share=st.sampled_from([0.0, 0.02, 0.9, 1.0]), seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_histograms_of_few_codes(n: int, distinct: int, queries: int, classes: int, share: float, seed: int) -> None:
+    """Counts that go to few places, from no rows to some blocks."""
+    codes = random_codes(n, 8, seed, distinct) if n else np.empty((0, 8), np.uint8)
+    labels, wanted = random_masks(n, classes, seed), random_masks(queries, classes, seed + 1)
+    dead = np.flatnonzero(np.random.default_rng(seed).random(n) < share)
+    check_histograms(codes, random_codes(queries, 8, seed + 1), labels, wanted, dead)
 
 
 def test_many_threads_at_once(small_tasks: None) -> None:

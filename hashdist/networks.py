@@ -26,12 +26,15 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from hashdist.cnnf import SIDE as CNNF_SIDE
+from hashdist.cnnf import CnnF
 from hashdist.errors import InvalidInput, Unavailable
 from hashdist.progress import say
 from hashdist.settings import FeatureSettings, PreprocessSettings
 from hashdist.store import open_store
 
 PIXELS = "pixels"
+CNNF = "cnnf"
 _PIXELS_SIDE = 8
 _FACTORY_SIDE = 224
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -50,6 +53,7 @@ class Tap(NamedTuple):
 _TAPS: list[tuple[str, dict[str, Tap]]] = [
     # the first one is the default; relu7 is what the hashing papers read (classifier up to its second ReLU)
     (r"alexnet", {"relu7": Tap("classifier.5"), "relu6": Tap("classifier.2"), "pool": Tap("flatten")}),
+    (CNNF, {"relu7": Tap("relu7"), "relu6": Tap("relu6"), "pool": Tap("flat")}),
     (r"vgg\d+(_bn)?", {"relu7": Tap("classifier.4"), "relu6": Tap("classifier.1"), "pool": Tap("flatten")}),
     (r"mobilenet_v2|squeezenet\d_\d", {"pool": Tap("features")}),
     (r"(wide_)?resnet.*|resnext.*|regnet.*|mobilenet_v3_.*|efficientnet.*|convnext.*", {"pool": Tap("avgpool")}),
@@ -225,6 +229,8 @@ def weights_identity(settings: FeatureSettings) -> str:
     """
     if settings.backbone == PIXELS:
         return ""
+    if settings.weights == "hub" and settings.backbone == CNNF:
+        raise _nothing_to_download()
     if settings.weights == "hub" and ":" not in settings.backbone:
         return str(_enum(settings.backbone).DEFAULT.url)
     if settings.weights in ("hub", "random"):
@@ -282,6 +288,9 @@ def _check_preprocess(given: PreprocessSettings, backbone: str) -> None:
 def _own_preprocess(settings: FeatureSettings) -> Preprocess:
     if settings.backbone == PIXELS:
         return Preprocess(_PIXELS_SIDE, 0, [0.0] * 3, [1.0] * 3, False, "bilinear")
+    if settings.backbone == CNNF:
+        # the mean only, on a scale of 255
+        return Preprocess(CNNF_SIDE, 0, _IMAGENET[0], [1 / 255] * 3, False, "bilinear")
     if ":" in settings.backbone:
         return Preprocess(_FACTORY_SIDE, 0, *_IMAGENET, False, "bilinear")
     own = _enum(settings.backbone).DEFAULT.transforms()
@@ -315,8 +324,8 @@ def _enum(name: str) -> Any:
     if name not in known:
         near = difflib.get_close_matches(name, known, 5) or known[:5]
         raise InvalidInput(
-            f"a backbone must be `pixels`, a torchvision model or `module:factory`, found {name!r}; torchvision has "
-            f"{', '.join(near)} and others ({len(known)} in all)"
+            f"a backbone must be `pixels`, `cnnf`, a torchvision model or `module:factory`, found {name!r}; "
+            f"torchvision has {', '.join(near)} and others ({len(known)} in all)"
         )
     return torchvision.models.get_model_weights(name)
 
@@ -324,6 +333,10 @@ def _enum(name: str) -> Any:
 def _model(settings: FeatureSettings, with_weights: bool) -> nn.Module:
     if ":" in settings.backbone:
         return _made_by_user(settings.backbone)
+    if settings.backbone == CNNF:
+        if settings.weights == "hub" and with_weights:
+            raise _nothing_to_download()
+        return CnnF()
     options: dict[str, Any] = {}
     if settings.backbone in _TRANSFORMS_INPUT:
         options = {"init_weights": settings.weights == "random", "transform_input": settings.weights == "hub"}
@@ -331,6 +344,13 @@ def _model(settings: FeatureSettings, with_weights: bool) -> nn.Module:
     if settings.weights == "hub" and with_weights:
         load_strictly(model, _hub(settings.backbone), "torchvision's weights")
     return model
+
+
+def _nothing_to_download() -> InvalidInput:
+    return InvalidInput(
+        "the backbone `cnnf` has no weights to download; name a file of them with --features.weights FILE (names and "
+        "shapes: hashdist/cnnf.py), or --features.weights random, or take `alexnet`"
+    )
 
 
 def _hub(name: str) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 from hashdist import __version__
 from hashdist.errors import HashdistError, InvalidInput
 from hashdist.progress import say
-from hashdist.settings import QuickstartOptions, ReportOptions, SearchOptions, Settings
+from hashdist.settings import CompareOptions, QuickstartOptions, ReportOptions, SearchOptions, Settings
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ COMMANDS = {
     "index log": Command("the versions of an index", "hashdist.commands:index_log"),
     "search": Command("search by image, key or code", "hashdist.commands:search", options=SearchOptions),
     "evaluate": _stage("evaluate", "mAP, precision and recall by a protocol"),
+    "compare": Command(
+        "methods x code lengths x seeds on one protocol: tables and figures",
+        "hashdist.compare:run",
+        options=CompareOptions,
+    ),
     "reindex": Command("index what was added, changed or removed since", "hashdist.growth:reindex"),
     "report": Command("one HTML page of a run", "hashdist.report:write", options=ReportOptions),
     "storage check": Command("prove that a store refuses a second create", "hashdist.commands:storage_check"),

@@ -60,7 +60,7 @@ def inputs(stage: str, settings: Settings) -> list[Artefact]:
     for name in upstream(stage, settings):
         artefact = snapshot(name, settings)
         if name == "collection" and not artefact.exists():
-            _run(name, settings)  # listing is cheap, and no job is named after it
+            run_in_session(settings, name)  # listing is cheap, and no job is named after it
         if not artefact.exists():
             raise NotFound(
                 f"`{stage}` needs a committed {name} snapshot; with these settings it would be {artefact.uri}, and "
@@ -75,7 +75,7 @@ def run_stage(settings: Settings, stage: str) -> dict[str, Any]:
     """Run one stage on what is committed; a stage that is done already is recognised and skipped."""
     _check(settings)
     with distributed.session(settings.cluster), run_metrics(settings):
-        return _run(stage, settings)
+        return run_in_session(settings, stage)
 
 
 def run_all(settings: Settings) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def run_all(settings: Settings) -> dict[str, Any]:
         for stage in STAGES:
             if stage == "collection" and settings.features.source:
                 continue
-            results[stage] = _run(stage, settings)
+            results[stage] = run_in_session(settings, stage)
             if stage == "collection":
                 # pinned: images that arrive while this runs belong to the next run
                 settings = replace(
@@ -96,7 +96,8 @@ def run_all(settings: Settings) -> dict[str, Any]:
     return {"stage": "pipeline", "stages": results, "seconds": time.perf_counter() - started}
 
 
-def _run(stage: str, settings: Settings) -> dict[str, Any]:
+def run_in_session(settings: Settings, stage: str) -> dict[str, Any]:
+    """Like run_stage, inside a session that is open already."""
     started = time.perf_counter()
     result: dict[str, Any] = STAGES[stage].run(settings, *inputs(stage, settings))
     result["seconds"] = time.perf_counter() - started

@@ -321,6 +321,36 @@ class QuickstartOptions:
 
 
 @dataclass(frozen=True)
+class CompareOptions:
+    """What is compared; the data are those of the features settings, the split is evaluate.protocol.
+
+    Args:
+        methods: `name` or `name:preset`; without a preset it is `frozen` in frozen mode where there is one, else
+            `paper`.
+        variants: further rows by name: mappings with `method` and any of `preset`, `options` and `graph`.
+        bits: code lengths.
+        seeds: how many seeds; each draws its own split, initial weights and order.
+        first_seed: the first of them.
+        drop_labels: classes that count for nothing; images left without a label take no part.
+        published: tables of the papers to lay beside (see hashdist/published.yaml).
+        watch: measure after every so many epochs too; 0 = at the end only.
+        part: I/N: compute only every N-th missing cell, for several processes at once.
+        out: folder for the tables (Markdown, JSON) and figures; empty = none are written.
+    """
+
+    methods: list[str] = field(default_factory=list)
+    variants: dict[str, Any] = field(default_factory=dict)
+    bits: list[int] = field(default_factory=lambda: [16, 32, 64])
+    seeds: int = 3
+    first_seed: int = 0
+    drop_labels: list[int] = field(default_factory=list)
+    published: list[str] = field(default_factory=list)
+    watch: int = 0
+    part: str = ""
+    out: str = ""
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """What the report shows.
 

@@ -84,7 +84,7 @@ def run(settings: Settings, features: Artefact) -> dict[str, Any]:
         return _result(graph, started, skipped=True)
     chosen = _chosen(settings)
     ids = _sample(chosen, features)
-    k1, k2 = _sizes(chosen, len(ids), features)
+    k1, k2 = sizes(chosen, len(ids), f"{features.uri} ({features.manifest()['failed']} rows of it have none)")
     plan, _ = create_record(graph.store, PLAN, {"part_rows": max(1, chosen.part_rows)})
     work = _Work(graph, features, ids, chosen.rule, k1, k2, chosen.symmetrize, chosen.threads, plan["part_rows"], {})
     records = _run_phases(work, chosen)
@@ -121,12 +121,12 @@ def _sample(chosen: GraphSettings, features: Artefact) -> NDArray[np.int64]:
     return ids[rows] if chosen.protocol else ids[rows][: chosen.train_sample]
 
 
-def _sizes(chosen: GraphSettings, n: int, features: Artefact) -> tuple[int, int]:
-    """k1 and k2 for n images."""
+def sizes(chosen: GraphSettings, n: int, where: str) -> tuple[int, int]:
+    """k1 and k2 for n images, those found in `where`; 0 and 0 where no neighbours are wanted. Raises InvalidInput."""
     if n < 2:
         raise InvalidInput(
-            f"a graph needs at least 2 images with a feature in its sample, found {n} in {features.uri} "
-            f"({features.manifest()['failed']} rows of it have none); add images or raise graph.train_sample"
+            f"training needs at least 2 images with a feature in its sample, found {n} in {where}; add images or raise "
+            "graph.train_sample"
         )
     if chosen.rule == "none":
         return 0, 0

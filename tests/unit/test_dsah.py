@@ -244,7 +244,10 @@ def test_rounds_grow_w_but_the_last_only_when_asked() -> None:
     found = method.end_of_round(0, lambda: z)
     assert found["pairs"] == before - data.n
     assert int((method.w.block(np.arange(data.n)) > 0).sum()) > before
-    assert method.end_of_round(1, lambda: z) == {}
+    last = method.end_of_round(1, lambda: z)
+    assert set(last) == {"rows", "positives", "precision", "recall", "f_w"}  # of labels only, nothing of a refresh
+    bare = dsah.Method(replace(PAPER, rounds=2), place(replace(data, labels=None)))
+    assert bare.end_of_round(1, lambda: z) == {}
     asked = dsah.Method(replace(PAPER, rounds=2, update_after_last=True), place(data))
     assert asked.end_of_round(1, lambda: z)["pairs"] == before - data.n
     assert method.w.thresholds == [

@@ -33,9 +33,7 @@ _COLUMNS_FROM = 4  # queries from which turning a block of wide codes word by wo
 _ROWS_PER_TASK = 1 << 16  # a task is not worth a thread's while below this many codes
 _QUERIES_PER_TASK = 64
 _BUFFER_BYTES = 64 << 20  # candidates kept per task
-_TILE_BYTES = (
-    1 << 18
-)  # codes and labels that all queries pass before the next ones: they stay in the second-level cache
+_TILE_BYTES = 1 << 18  # codes and labels that all queries pass together: they stay in the second-level cache
 _LANES = 4  # counters per distance and relevance: an increment need not wait for the one before
 
 

@@ -7,7 +7,7 @@ import gloo_work
 import pytest
 import torch
 from torch import multiprocessing
-from training_world import deep_methods, relative_difference
+from training_world import relative_difference
 
 WORLDS = (2, 4)
 
@@ -27,7 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
     return results
 
 
-@pytest.mark.parametrize("name", [*deep_methods(), "dsah, own rows"])
+@pytest.mark.parametrize("name", [*gloo_work.PAPERS, "dsah, own rows"])
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_gradients_of_50_images_are_those_of_one_process(found: dict[int, Any], world_size: int, name: str) -> None:
     assert relative_difference(found[1][f"gradient {name}"], found[world_size][f"gradient {name}"]) <= 1e-9
@@ -38,14 +38,14 @@ def test_both_recipes_of_dsah_agree(found: dict[int, Any], world_size: int) -> N
     assert relative_difference(found[world_size]["gradient dsah"], found[world_size]["gradient dsah, own rows"]) <= 1e-9
 
 
-@pytest.mark.parametrize("name", deep_methods())
+@pytest.mark.parametrize("name", gloo_work.PAPERS)
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_whole_runs_end_with_the_weights_of_one_process(found: dict[int, Any], world_size: int, name: str) -> None:
     alone, there = found[1][f"weights {name}"], found[world_size][f"weights {name}"]
     assert max(relative_difference(alone[key], there[key]) for key in alone) <= 1e-9
 
 
-@pytest.mark.parametrize("name", deep_methods())
+@pytest.mark.parametrize("name", gloo_work.PAPERS)
 @pytest.mark.parametrize("world_size", [1, *WORLDS])
 def test_resumed_runs_end_with_the_same_bits(found: dict[int, Any], world_size: int, name: str) -> None:
     assert found[world_size][f"resumed {name}"]

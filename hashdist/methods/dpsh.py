@@ -12,9 +12,8 @@ IJCAI 2016. Supervised; the first of the pair likelihoods.
 
 What j runs over: Algorithm 1 keeps the outputs of all n images and takes a batch's gradient against all of them; so do
 we (hashdist/bank.py), filled by one pass at the start. Eq 7 counts both roles of a pair, (i, j) and (j, i), hence the
-factor 2 before the columns' half, and the released code divides by B n, so that the quantisation term has weight eta / n.
-Preset `paper`: the released code's 150 epochs at rates from 1e-2 to 1e-6 (the paper tunes within these bounds), decay
-5e-4, eta = 10.
+2 in `loss`. The released code divides by B n, so that the quantisation term has weight eta / n. Preset `paper`: the
+released code's 150 epochs at rates from 1e-2 to 1e-6 (the paper tunes within these bounds), decay 5e-4, eta = 10.
 """
 
 from collections.abc import Mapping

@@ -4,12 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import Tensor
 from training_world import deep, tiny_data
 
-from hashdist import likelihood
+from hashdist import centres, likelihood, straight_through
 from hashdist.communicator import SingleProcess
+from hashdist.methods import hashnet
 from hashdist.methods.contract import Batch, Place, method_settings
 
 N, L = 23, 16
@@ -98,3 +100,135 @@ class TestDPSH:
         expected = (a - s) @ u + 2 * 3.0 * (fixed - torch.where(fixed >= 0, 1.0, -1.0))
         assert z.grad is not None
         assert torch.allclose(z.grad, expected / (9 * 230), rtol=1e-12)
+
+
+class TestHashNet:
+    def test_weights_and_loss_are_the_double_loop(self) -> None:
+        """Eqs 2-4 with norm(S_1), norm(S_0) counted over all pairs of the training images."""
+        own, rows, z = method("hashnet", alpha=7.0), rows_of(), gaussian(9, L)
+        labels = tiny_data().labels
+        assert labels is not None
+        s1 = sum(bool((a & b).any()) for a in labels for b in labels)
+        steps, total = own.steps, 0.0
+        step = steps // 2
+        g = np.tanh(hashnet.beta(own.settings, step, steps) * z.numpy())
+        for i in range(9):
+            for j in range(9):
+                s, theta = same_class(rows[i], rows[j]), 7.0 / L * float(g[i] @ g[j])
+                weight = 230**2 / s1 if s else 230**2 / (230**2 - s1)
+                total += weight * (float(np.log1p(np.exp(theta))) - s * theta)
+        found = own.loss({"z": z}, batch_of(rows, step))
+        assert float(found.backward) == pytest.approx(total / 81, rel=1e-12)
+
+    def test_several_labels_weigh_by_the_share_of_common_classes(self) -> None:
+        labels = np.random.default_rng(1).random((40, 5)) < 0.4
+        labels[:, 0] |= ~labels.any(1)
+        share = hashnet.similar_share(labels)
+        assert share == pytest.approx(np.mean([(a & b).any() for a in labels for b in labels]))
+        found = hashnet.pair_weights(likelihood.indicator(labels).double(), share)
+        for i in range(40):
+            for j in range(40):
+                both, either = (labels[i] & labels[j]).sum(), (labels[i] | labels[j]).sum()
+                assert float(found[i, j]) == pytest.approx(both / either / share if both else 1 / (1 - share))
+
+    def test_beta_rises_from_one_to_its_last_in_equal_ratios(self) -> None:
+        settings = hashnet.Settings(beta_last=8.0, stages=4)
+        found = [hashnet.beta(settings, step, 100) for step in range(100)]
+        assert sorted(found) == found
+        assert np.unique(np.round(found, 12)).tolist() == [1.0, 2.0, 4.0, 8.0]
+        assert hashnet.beta(settings, 10**6, 100) == pytest.approx(8.0)
+
+
+class TestCSQ:
+    @pytest.mark.parametrize("size", [1, 2, 16, 64])
+    def test_sylvester_is_hadamard(self, size: int) -> None:
+        matrix = centres.sylvester(size).astype(int)
+        assert (matrix @ matrix.T == size * np.eye(size)).all()
+        assert (matrix == scipy.linalg.hadamard(size)).all()
+
+    @pytest.mark.parametrize("classes", [10, 32])
+    def test_hadamard_centres_are_half_the_bits_apart(self, classes: int) -> None:
+        found = centres.centres(classes, 32, np.random.default_rng(0)).astype(int)
+        distances = (found[:, None] != found).sum(2)
+        assert (distances[~np.eye(classes, dtype=bool)] == 16).all()
+
+    def test_more_classes_than_bits_take_the_negatives_too(self) -> None:
+        found = centres.centres(60, 32, np.random.default_rng(0)).astype(int)
+        distances = (found[:, None] != found).sum(2)[~np.eye(60, dtype=bool)]
+        assert set(distances.tolist()) == {16, 32}
+
+    @pytest.mark.parametrize(("classes", "bits"), [(10, 48), (100, 32)])
+    def test_random_centres_otherwise_half_the_bits_apart_on_average(self, classes: int, bits: int) -> None:
+        found = centres.centres(classes, bits, np.random.default_rng(0)).astype(int)
+        distances = (found[:, None] != found).sum(2)[~np.eye(classes, dtype=bool)]
+        assert abs(distances.mean() - bits / 2) < 2
+
+    def test_centre_of_several_classes_is_their_majority(self) -> None:
+        rng = np.random.default_rng(0)
+        codes, labels = centres.centres(6, 16, rng).astype(int), np.random.default_rng(1).random((50, 6)) < 0.4
+        found = centres.centres_of_images(labels, codes.astype(np.int8), np.random.default_rng(2))
+        again = centres.centres_of_images(labels, codes.astype(np.int8), np.random.default_rng(2))
+        assert (found == again).all()
+        assert set(np.unique(found)) == {-1, 1}
+        for image in range(50):
+            for bit in range(16):
+                votes = int(codes[labels[image], bit].sum())
+                assert votes == 0 or found[image, bit] == np.sign(votes)
+
+    def test_terms_are_those_of_the_paper(self) -> None:
+        """h = (tanh z + 1) / 2; torch's own cross-entropy of probabilities; log cosh of abs(2 h - 1) - 1."""
+        own, rows, z = method("csq", lambda_=0.3), rows_of(), gaussian(9, L)
+        h, c = (torch.tanh(z) + 1) / 2, (own.centres_nL[torch.from_numpy(rows)].double() + 1) / 2
+        expected = torch.nn.functional.binary_cross_entropy(h, c)
+        expected += 0.3 * torch.log(torch.cosh((2 * h - 1).abs() - 1)).mean()
+        assert float(own.loss({"z": z}, batch_of(rows)).backward) == pytest.approx(float(expected), rel=1e-12)
+
+
+class TestGreedyHash:
+    def test_sign_passes_the_gradient_on_and_takes_zero_as_plus(self) -> None:
+        z = torch.tensor([-2.0, -1e-9, 0.0, 3.0], requires_grad=True)
+        found = straight_through.sign(z)
+        (found * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+        assert found.tolist() == [-1, -1, 1, 1]
+        assert z.grad is not None
+        assert z.grad.tolist() == [1, 2, 3, 4]
+
+    def test_penalty_against_finite_differences(self) -> None:
+        z = gaussian(4, 5).requires_grad_()
+        expected = np.mean([abs(abs(v) - 1) ** 3 for v in z.detach().flatten().tolist()])
+        assert float(straight_through.cubic(z.detach())) == pytest.approx(expected)
+        assert torch.autograd.gradcheck(straight_through.cubic, (z,))
+
+    def test_supervised_gradient_is_the_classifiers_on_the_code(self) -> None:
+        """dL/dH = dL/dB of the softmax, (p - y) W / B, and the penalty's own."""
+        own, rows = method("greedyhash", alpha=0.0), rows_of()
+        head = deep("greedyhash").network(own.settings, 12, L, torch.Generator().manual_seed(0), classes=5).double()
+        features = torch.from_numpy(tiny_data().features[rows]).double()
+        outputs = head(features)
+        outputs["z"].retain_grad()
+        own.loss(outputs, batch_of(rows)).backward.backward()
+        code = torch.where(outputs["z"] >= 0, 1.0, -1.0).double()
+        weight = head.classify.weight.detach()
+        y = torch.from_numpy(tiny_data().labels[rows]).double()
+        expected = (torch.softmax(code @ weight.T, 1) - y) @ weight / 9
+        assert torch.allclose(outputs["z"].grad, expected, rtol=1e-10)
+
+    def test_several_labels_use_the_cross_entropy_of_every_class(self) -> None:
+        own, rows = method("greedyhash", alpha=0.0), rows_of()
+        own.single = False
+        logits, y = gaussian(9, 5), torch.from_numpy(tiny_data().labels[rows]).double()
+        found = own.loss({"z": gaussian(9, L, seed=1), "logits": logits}, batch_of(rows))
+        p = torch.sigmoid(logits)
+        expected = -(y * torch.log(p) + (1 - y) * torch.log(1 - p)).mean()
+        assert float(found.backward) == pytest.approx(float(expected), rel=1e-12)
+
+    @pytest.mark.parametrize("pairs", ["halves", "all"])
+    def test_unsupervised_match_is_the_loop_over_pairs(self, pairs: str) -> None:
+        b, x = straight_through.sign(gaussian(9, L)), gaussian(9, 30, seed=1)
+        chosen = [(i, i + 4) for i in range(4)]
+        if pairs == "all":
+            chosen = [(i, j) for i in range(9) for j in range(9) if i != j]
+        cosine = torch.nn.functional.cosine_similarity
+        expected = np.mean([float(cosine(b[i], b[j], dim=0) - cosine(x[i], x[j], dim=0)) ** 2 for i, j in chosen])
+        found = deep("greedyhash_unsupervised").match(b, x, pairs)  # type: ignore[attr-defined]
+        assert float(found) == pytest.approx(expected, rel=1e-12)

@@ -159,7 +159,7 @@ def split(
     """The split `name` of the images `ids`; give only images that have a feature.
 
     Args:
-        name: one of the table above, or `uniform:Q:T`.
+        name: one of the table above, `uniform:Q:T`, or `file:` with the path or URI of a protocol file.
         ids: int64 [N], distinct, in any order.
         labels: [N]; one class a row where the protocol draws by class.
         seed: draws other images.
@@ -167,11 +167,13 @@ def split(
 
     Raises:
         InvalidInput: an unknown name, missing labels or parts, several labels where one is needed, an id twice, or
-            fewer images than are to be drawn.
+            fewer images than are to be drawn; a protocol file that is damaged, or of images that are not there.
     """
-    counts = _counts(name)
     if len(np.unique(ids)) != len(ids):
         raise InvalidInput(f"ids must be distinct, found {len(ids) - len(np.unique(ids))} repeated ones")
+    if name.startswith(FILE):
+        return _matched(name.removeprefix(FILE), np.asarray(ids, np.int64))
+    counts = _counts(name)
     if counts.own == "always" or (counts.own == "if given" and any(parts or ())):
         places = _own_parts(name, parts, len(ids))
     else:
@@ -306,30 +308,19 @@ def _check_enough(name: str, counts: _Counts, label: str, found: int) -> None:
         )
 
 
-# By name or from a file, over rows that a stage committed
+# Over rows that a stage committed
 
 
 def columns(name: str) -> list[str]:
     """The columns besides `id` that `split_rows` needs of a table. Raises InvalidInput for an unknown name."""
     if name.startswith(FILE):
-        return ["key"]
+        return []
     counts = _counts(name)
     return ["key"] * (counts.own != "no") + ["labels"] * counts.per_class
 
 
 def split_rows(name: str, table: pa.Table, seed: int = 0) -> Split:
-    """The split of a table's rows by a protocol's name, or by a protocol file.
-
-    Args:
-        name: see `split`, or `file:` with a path or URI.
-        table: id and what `columns` asks for, of the images that have a feature or code.
-        seed: of a protocol by name.
-
-    Raises:
-        InvalidInput: as `split` and `read_protocol`; keys of the file that the table does not have.
-    """
-    if name.startswith(FILE):
-        return _matched(name.removeprefix(FILE), table)
+    """`split` of the rows of a table: id and what `columns` asks for, of the images that have a feature or code."""
     wanted = columns(name)
     labels = table["labels"].to_pylist() if "labels" in wanted else None
     parts = parts_of(table["key"].to_pylist()) if "key" in wanted else None
@@ -339,21 +330,6 @@ def split_rows(name: str, table: pa.Table, seed: int = 0) -> Split:
 def identity(name: str) -> str:
     """The protocol's name, or the digest of its file: equal for equal sets, wherever the file lies."""
     return FILE + read_protocol(name.removeprefix(FILE)).split.digest() if name.startswith(FILE) else name
-
-
-def _matched(uri: str, table: pa.Table) -> Split:
-    protocol = read_protocol(uri)
-    at = pc.index_in(pa.array(protocol.keys, pa.string()), value_set=table["key"].combine_chunks())
-    if at.null_count:
-        first = protocol.keys[int(np.flatnonzero(at.is_null())[0])]
-        raise InvalidInput(
-            f"{uri}: all {len(at)} keys of the protocol must be images with a feature, {at.null_count} are not (the "
-            f"first: {first!r}, while the collection has {table['key'][0].as_py() if len(table) else 'no images'!r}); "
-            f"use the collection that the protocol was made for, or make the protocol again"
-        )
-    rows = at.to_numpy()
-    sets = {part: np.sort(rows[getattr(protocol.split, part)]).astype(np.int64) for part in SETS}
-    return Split(ids=table["id"].to_numpy(), **sets)
 
 
 # Protocol files
@@ -382,6 +358,22 @@ class Protocol(NamedTuple):
         return {"name": self.name, "seed": self.seed, "source": self.source, **sets}
 
 
+def _matched(uri: str, ids: NDArray[np.int64]) -> Split:
+    """The sets of a file as rows of `ids`."""
+    protocol = read_protocol(uri)
+    order = np.argsort(ids)
+    places = np.searchsorted(ids[order], protocol.split.ids).clip(max=len(ids) - 1)
+    rows = order[places] if len(ids) else places
+    absent = np.flatnonzero(ids[rows] != protocol.split.ids) if len(ids) else np.arange(len(rows))
+    if len(absent):
+        raise InvalidInput(
+            f"{uri}: all {len(rows)} keys of the protocol must be images with a feature, {len(absent)} are not (the "
+            f"first: {protocol.keys[absent[0]]!r}); use the collection that the protocol was made for, with the same "
+            f"keys, or make the protocol again"
+        )
+    return Split(ids=ids, **{part: np.sort(rows[getattr(protocol.split, part)]) for part in SETS})
+
+
 def protocol_of(sets: Mapping[str, Iterable[str]], name: str, seed: int = 0, source: str = "") -> Protocol:
     """The protocol of given sets of keys.
 
@@ -400,7 +392,12 @@ def protocol_of(sets: Mapping[str, Iterable[str]], name: str, seed: int = 0, sou
         raise InvalidInput(f"protocol {name} needs query, train and database images, found no {' and no '.join(empty)}")
     keys = sorted(set().union(*members.values()))
     rows = {part: np.flatnonzero([key in members[part] for key in keys]) for part in SETS}
-    return Protocol(name, seed, source, keys, Split(ids=image_ids(keys, assign_salts(keys)), **rows))
+    return Protocol(name, seed, source, keys, Split(ids=_distinct_ids(keys), **rows))
+
+
+def _distinct_ids(keys: list[str]) -> NDArray[np.int64]:
+    ids = image_ids(keys)
+    return ids if len(np.unique(ids)) == len(ids) else image_ids(keys, assign_salts(keys))
 
 
 def write_protocol(uri: str, protocol: Protocol) -> str:

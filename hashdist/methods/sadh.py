@@ -214,7 +214,7 @@ def pair_cost(form: Pair, similar: Tensor, margin: Tensor | float, x: Tensor) ->
     derivative). Eq 6 and SADH-mars: max(m + x, 0) for others. Eq 12: log(1 + e^x) - s x.
     """
     if form == "likelihood":
-        return functional.softplus(x) - torch.where(similar, x, 0.0)
+        return -functional.logsigmoid(-x) - torch.where(similar, x, 0.0)
     other = x - margin if form == "scalable" else x + margin
     return torch.relu(torch.where(similar, margin - x, other)) / 2
 
@@ -264,8 +264,7 @@ def train_labnet(
     )
     first = last = torch.zeros(())
     for step, (epoch, rows_N) in enumerate(_labnet_batches(set_N, settings, seed)):
-        decays = max(0, min(epoch, settings.labnet_decay_to) - settings.labnet_decay_from + 1)
-        optimizer.param_groups[0]["lr"] = settings.labnet_lr * 0.1 ** (decays if settings.labnet_decay_to else 0)
+        optimizer.param_groups[0]["lr"] = labnet_rate(settings, epoch)
         sets, counts = np.unique(rows_N, return_counts=True)
         labels_SC = sets_SC[torch.from_numpy(sets).to(sets_SC.device)]
         weight_S = torch.from_numpy(counts / len(rows_N)).to(sets_SC)
@@ -275,6 +274,14 @@ def train_labnet(
         optimizer.step()
         first = first if step else last.detach()
     return float(first), float(last.detach())
+
+
+def labnet_rate(settings: Settings, epoch: int) -> float:
+    """LabNet's learning rate in an epoch."""
+    if not settings.labnet_decay_to:
+        return settings.labnet_lr
+    decays = min(epoch, settings.labnet_decay_to) - settings.labnet_decay_from + 1
+    return float(settings.labnet_lr * 0.1 ** max(0, decays))
 
 
 def _labnet_batches(set_N: NDArray[np.int64], settings: Settings, seed: int) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -34,6 +34,9 @@ Denominator = Literal["found", "all", "min"]
 _SUFFIX: dict[Denominator, str] = {"found": "", "all": "_all", "min": "_min"}
 Floats = NDArray[np.float64]
 
+PRECISION_AT = (1, *range(10, 1001, 10))
+"""N of the precision@N curve."""
+
 
 # Relevance
 
@@ -190,6 +193,14 @@ def precision_at(relevant_QR: NDArray[np.bool_], cut: int) -> Floats:
     """Relevant images in the top N over N, per query; needs lists of at least min(N, database) places."""
     precision: Floats = relevant_QR[:, :cut].sum(1) / cut
     return precision
+
+
+def precision_curve(relevant_QR: NDArray[np.bool_]) -> dict[str, list[int] | list[float]]:
+    """Mean over queries of precision@N at N = 1, 10, 20, ... 1000, as far as the lists go: lists `n`, `precision`."""
+    ranks = np.arange(1, relevant_QR.shape[1] + 1)
+    precision = (relevant_QR.cumsum(1) / ranks).mean(0)
+    places = [n for n in PRECISION_AT if n <= len(ranks)]
+    return {"n": places, "precision": [float(precision[n - 1]) for n in places]}
 
 
 def recall_at(found_QK: NDArray[np.int64], exact_QK: NDArray[np.int64]) -> Floats:

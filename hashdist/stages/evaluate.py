@@ -89,7 +89,7 @@ def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -
     if task.classes:
         histograms = outcomes[name].histograms
         result["without_relevant"] = int((histograms[:, 1].sum(1) == 0).sum())
-        result["curves"] = {method: ranking.by_radius(outcome.histograms) for method, outcome in outcomes.items()}
+        result["curves"] = {method: _curves(outcome) for method, outcome in outcomes.items()}
     say(f"evaluate: {len(task.queries)} queries, {task.database_size} images: {_line(by_method)}")
     return result
 
@@ -153,7 +153,7 @@ def _plan(settings: Settings, codes: Artefact) -> Task:
     masks = ranking.label_masks(rows["labels"].take(np.searchsorted(ids, queries)), max(classes, 1))
     own = bool(np.isin(queries, database).any()) if database is not None else True
     size = len(ids) if database is None else len(database)
-    depth = max(wanted.cut, wanted.precision_at, wanted.recall_at) + own
+    depth = max(wanted.cut, wanted.precision_at, wanted.recall_at, *ranking.PRECISION_AT) + own
     return Task(queries, masks, database, size, classes, min(depth, size), own, digest)
 
 
@@ -312,6 +312,10 @@ def _metrics(settings: Settings, task: Task, outcome: Outcome, exact: Ids | None
     if exact is not None:
         metrics[f"recall@{wanted.recall_at}"] = float(ranking.recall_at(outcome.ids[:, : exact.shape[1]], exact).mean())
     return metrics
+
+
+def _curves(outcome: Outcome) -> dict[str, Any]:
+    return {**ranking.by_radius(outcome.histograms), "precision_at": ranking.precision_curve(outcome.relevant)}
 
 
 # Exact neighbours in feature space

@@ -199,6 +199,9 @@ def test_evaluation_without_protocol_equals_brute_force(tmp_path: Any, cut: int)
     assert result["by_method"]["codes"] == result["metrics"]
     assert set(result["by_method"]["itq"]) == set(result["metrics"])
     assert len(result["curves"]["lsh"]["precision"]) == BITS + 1
+    curve = result["curves"]["codes"]["precision_at"]
+    assert curve["n"] == [1, *range(10, 399, 10)]  # as far as 398 other images go
+    assert curve["precision"][1] == pytest.approx(result["metrics"]["precision@10"], abs=1e-12)
     if cut == 5000:
         assert 0.2 < result["metrics"]["map_all_ties"] < 1
 

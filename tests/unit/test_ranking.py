@@ -150,3 +150,12 @@ def test_a_thousand_queries_take_seconds() -> None:
     started = time.perf_counter()
     ranking.summary(histograms, rng.random((1000, 5000)) < 0.1, 5000, 100)
     assert time.perf_counter() - started < 60
+
+
+def test_the_precision_curve_is_precision_at_each_n() -> None:
+    relevant = np.random.default_rng(0).random((5, 1203)) < 0.3
+    curve = ranking.precision_curve(relevant)
+    assert curve["n"] == [1, *range(10, 1001, 10)]
+    expected = [np.mean([row[:n].sum() / n for row in relevant]) for n in curve["n"]]
+    np.testing.assert_allclose(curve["precision"], expected, rtol=0, atol=1e-14)
+    assert ranking.precision_curve(relevant[:, :25])["n"] == [1, 10, 20]

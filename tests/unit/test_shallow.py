@@ -5,10 +5,13 @@ from itertools import product
 import faiss
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
+from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 
+from hashdist.anchors import k_means, sampled, squared_distances
 from hashdist.errors import InvalidInput
-from hashdist.methods import itq, pcah, sh
+from hashdist.methods import agh, itq, pcah, sh
 
 
 def cloud(n: int = 500, width: int = 24, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
@@ -85,6 +88,84 @@ class TestSh:
             sh.fit(np.ones((20, 5), np.float32), 8, 0)
         with pytest.raises(InvalidInput, match="found none"):
             sh.fit(cloud()[:0], 8, 0)
+
+
+class TestAnchors:
+    def test_squared_distances_far_from_the_origin(self) -> None:
+        a, b = cloud(30) + 1000, cloud(7, seed=1) + 1000
+        np.testing.assert_allclose(squared_distances(a, b), cdist(a, b, "sqeuclidean"), rtol=1e-4)
+
+    def test_k_means_with_fewer_distinct_features_than_centres(self) -> None:
+        assert len(k_means(np.repeat(cloud(5), 8, axis=0), 20, 0, 10)) == 5
+
+    def test_sampled_anchors_are_distinct_rows(self) -> None:
+        features = cloud(30, dtype=np.float16)
+        anchors = sampled(features, 10, 0)
+        assert anchors.dtype == np.float32
+        assert len({row.tobytes() for row in anchors} & {row.astype(np.float32).tobytes() for row in features}) == 10
+
+
+class TestAgh:
+    def graph(self, n: int = 400) -> tuple[np.ndarray, np.ndarray, agh.AnchorGraphFunctions]:
+        """Features, the dense A = Z Lambda^-1 Z^T by double loops over nearest anchors, and the fitted encoder."""
+        features = cloud(n) * np.linspace(1, 0.1, 24, dtype=np.float32)
+        encoder = agh.fit(features, 16, 0)
+        z = np.zeros((n, len(encoder.anchors_MD)))
+        for i in range(n):
+            distances = ((features[i].astype(np.float64) - encoder.anchors_MD) ** 2).sum(1)
+            for j in np.argsort(distances)[: agh.NEAREST]:
+                z[i, j] = np.exp(-distances[j] / encoder.spread)
+            z[i] /= z[i].sum()
+        return features, z @ np.diag(1 / z.sum(0)) @ z.T, encoder
+
+    def test_functions_are_eigenvectors_of_the_dense_laplacian(self) -> None:
+        features, a, encoder = self.graph()
+        laplacian = np.eye(len(a)) - a
+        np.testing.assert_allclose(laplacian.sum(1), 0, atol=1e-10)
+        values, vectors = np.linalg.eigh(laplacian)
+        assert values[0] == pytest.approx(0, abs=1e-10)
+        y = encoder(features)[:, :8]  # of the training images: their own rows of the eigenvectors
+        assert up_to_sign(vectors[:, 1:9] * np.sqrt(len(a)), y) < 1e-3
+        np.testing.assert_allclose(y.T @ y / len(a), np.eye(8), atol=1e-3)
+        np.testing.assert_allclose(y.mean(0), 0, atol=1e-4)
+
+    def test_one_layer_takes_the_signs_of_twice_as_many_functions(self) -> None:
+        features, a, _ = self.graph()
+        z = agh.fit(features, 16, 0, layers=1)(features)
+        _, vectors = np.linalg.eigh(np.eye(len(a)) - a)
+        assert up_to_sign(vectors[:, 1:17] * np.sqrt(len(a)), z) < 1e-3
+
+    def test_second_layer_is_the_smoothest_balanced_cut_of_both_sides(self) -> None:
+        features, a, encoder = self.graph()
+        laplacian = np.eye(len(a)) - a
+        z = encoder(features).astype(np.float64)
+        for y, second, found in zip(z[:, :8].T, z[:, 8:].T, encoder.thresholds_2R.T, strict=True):
+            above = y >= 0
+
+            def f(plus: float, y: np.ndarray = y, above: np.ndarray = above) -> np.ndarray:
+                minus = (plus * above.sum() - abs(y).sum()) / (~above).sum()  # 1^T f = 0
+                return np.where(above, y - plus, -y + minus)
+
+            best = minimize_scalar(lambda plus, f=f: f(plus) @ laplacian @ f(plus), tol=1e-12)
+            assert found[0] == pytest.approx(best.x, abs=1e-3)
+            np.testing.assert_allclose(second, f(best.x), atol=2e-3)
+
+    def test_a_graph_that_falls_apart_still_has_no_constant_function(self) -> None:
+        rng = np.random.default_rng(0)
+        labels = np.arange(400) % 4
+        features = (np.eye(4)[labels] * 1000 + rng.standard_normal((400, 4))).astype(np.float32)
+        z = agh.fit(features, 8, 0)(features)
+        np.testing.assert_allclose(z[:, :4].mean(0), 0, atol=1e-3)
+        parts = np.stack([z[labels == label, :3] for label in range(4)])
+        np.testing.assert_allclose(parts, np.broadcast_to(parts[:, :1], parts.shape), atol=1e-3)
+
+    def test_bad_input(self) -> None:
+        with pytest.raises(InvalidInput, match="at most 598 bits with 300 anchors, found 640"):
+            agh.fit(cloud(), 640, 0)
+        with pytest.raises(InvalidInput, match="at least 34 training images"):
+            agh.fit(cloud(20), 32, 0)
+        with pytest.raises(InvalidInput, match="fewer duplicates"):
+            agh.fit(np.repeat(cloud(5), 20, axis=0), 16, 0)
 
 
 def test_itq_reaches_the_objective_of_faiss() -> None:

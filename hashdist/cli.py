@@ -20,20 +20,31 @@ from jsonargparse import ArgumentParser, Namespace
 from hashdist import __version__
 from hashdist.errors import HashdistError, InvalidInput
 from hashdist.progress import say
-from hashdist.settings import CompareOptions, QuickstartOptions, ReportOptions, SearchOptions, Settings
+from hashdist.settings import (
+    CompareOptions,
+    ConvertOptions,
+    ProtocolCheckOptions,
+    ProtocolOptions,
+    QuickstartOptions,
+    ReportOptions,
+    SearchOptions,
+    Settings,
+)
 
 
 @dataclass(frozen=True)
 class Command:
     """A command: what it does, and the `module:function` that does it, imported only when it is called.
 
-    The function takes the settings, then `fixed`, then the command's own options if it has any.
+    The function takes the settings, then `fixed`, then the command's own options if it has any. `first`: the option
+    that a first word without dashes stands for.
     """
 
     help: str
     target: str
     fixed: tuple[str, ...] = ()
     options: type | None = None
+    first: str = ""
 
 
 def _stage(stage: str, text: str) -> Command:
@@ -63,6 +74,22 @@ COMMANDS = {
     ),
     "reindex": Command("index what was added, changed or removed since", "hashdist.growth:reindex"),
     "report": Command("one HTML page of a run", "hashdist.report:write", options=ReportOptions),
+    "protocol make": Command(
+        "write the query, training and database sets of a protocol to a file",
+        "hashdist.commands:protocol_make",
+        options=ProtocolOptions,
+    ),
+    "protocol check": Command(
+        "check a protocol file, and that a collection has its images",
+        "hashdist.commands:protocol_check",
+        options=ProtocolCheckOptions,
+        first="file",
+    ),
+    "dataset convert": Command(
+        "write a data set in its own layout as a parquet collection with labels",
+        "hashdist.commands:dataset_convert",
+        options=ConvertOptions,
+    ),
     "storage check": Command("prove that a store refuses a second create", "hashdist.commands:storage_check"),
 }
 
@@ -128,6 +155,8 @@ def _run(name: str, words: list[str]) -> dict[str, Any]:
 def parse(name: str, words: Sequence[str]) -> tuple[Settings, Any]:
     """Settings and the command's own options from the words after its name. Raises InvalidInput."""
     command = COMMANDS[name]
+    if command.first and words and not words[0].startswith("-"):
+        words = [f"--{command.first}", *words]
     parser = ArgumentParser(prog=f"hashdist {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")

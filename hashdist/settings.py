@@ -100,7 +100,8 @@ class GraphSettings:
 
     Args:
         train_sample: train on the images with this many smallest ids: uniform, and stable under growth.
-        protocol: take the training set of this evaluation protocol instead (see hashdist/protocols.py).
+        protocol: take the training set of this evaluation protocol instead: a name, or file:PATH-or-URI (see
+            docs/protocols.md).
         protocol_seed: seed of that protocol's split.
         labelled: leave out images without a label (a method that learns from labels needs one for each).
         rule: how positive pairs come from neighbour lists: `and` (DSAH), `union` (DDH), `none` (no neighbours are
@@ -211,8 +212,8 @@ class EvaluateSettings:
     """What is measured.
 
     Args:
-        protocol: query, training and database split (see hashdist/protocols.py); empty: all images are database
-            and `queries` of them, taken by id, are queries.
+        protocol: query, training and database split: a name, or file:PATH-or-URI (see docs/protocols.md); empty: all
+            images are database and `queries` of them, taken by id, are queries.
         protocol_seed: seed of the split.
         cut: R of mAP@R and of the papers' ranked lists.
         precision_at: N of precision@N.
@@ -347,6 +348,75 @@ class CompareOptions:
     published: list[str] = field(default_factory=list)
     watch: int = 0
     part: str = ""
+    out: str = ""
+
+
+@dataclass(frozen=True)
+class ListFiles:
+    """Text files with one image a line: its key, then 0/1 flags or nothing. Commas stand between files of one set.
+
+    Args:
+        query: images asked for.
+        train: images learned from; none = the database.
+        database: images searched.
+        validation: images that choose what is not learned; usually none.
+    """
+
+    query: str = ""
+    train: str = ""
+    database: str = ""
+    validation: str = ""
+
+
+@dataclass(frozen=True)
+class ProtocolOptions:
+    """What a protocol file is made from: lists, or a draw among a data set's images or among committed features.
+
+    Args:
+        protocol: which protocol draws (see docs/protocols.md); with lists, only the name to write down.
+        protocol_seed: seed of the draw.
+        layout: of the data set at `source`: cifar10, folder, mirflickr24, mirflickr38, nuswide, nuswide21, flowers17
+            or flags.
+        source: folder or file of the data set; empty = the committed features that the other settings name.
+        lists: the sets themselves, instead of a draw.
+        out: protocol file to write; a path or s3://.
+    """
+
+    protocol: str = ""
+    protocol_seed: int = 0
+    layout: str = ""
+    source: str = ""
+    lists: ListFiles = field(default_factory=ListFiles)
+    out: str = ""
+
+
+@dataclass(frozen=True)
+class ProtocolCheckOptions:
+    """Which protocol file is checked; with --root or --features.snapshot also against those features.
+
+    Args:
+        file: path or URI.
+    """
+
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """A data set in its own layout, and the collection to make of it.
+
+    Args:
+        layout: see docs/protocols.md.
+        source: folder or file of the data set.
+        images: folder that the keys are relative to; empty = the source.
+        seed: which of a data set's own splits, where it has several.
+        out: parquet file to write.
+    """
+
+    layout: str = ""
+    source: str = ""
+    images: str = ""
+    seed: int = 0
     out: str = ""
 
 

@@ -1,17 +1,21 @@
 """The deep baselines against what their papers imply: double loops, closed forms, brute force, finite differences."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
+from sklearn.linear_model import Ridge
 from torch import Tensor
 from training_world import deep, tiny_data
 
 from hashdist import centres, likelihood, straight_through
 from hashdist.communicator import SingleProcess
-from hashdist.methods import hashnet
+from hashdist.errors import InvalidInput
+from hashdist.methods import dsdh, hashnet, ssdh
 from hashdist.methods.contract import Batch, Place, method_settings
 
 N, L = 23, 16
@@ -232,3 +236,113 @@ class TestGreedyHash:
         expected = np.mean([float(cosine(b[i], b[j], dim=0) - cosine(x[i], x[j], dim=0)) ** 2 for i, j in chosen])
         found = deep("greedyhash_unsupervised").match(b, x, pairs)  # type: ignore[attr-defined]
         assert float(found) == pytest.approx(expected, rel=1e-12)
+
+
+class TestSSDH:
+    @pytest.mark.parametrize(("mode", "left", "right"), [(0.7, 0.05, 0.12), (0.9, 0.2, 0.04)])
+    def test_fit_finds_the_two_half_gaussians(self, mode: float, left: float, right: float) -> None:
+        """Half the mass on either side, each |N(0, sigma)| away from the mode."""
+        rng = np.random.default_rng(0)
+        d = np.concatenate(
+            [mode - np.abs(rng.normal(0, left, 200_000)), mode + np.abs(rng.normal(0, right, 200_000))]
+        ).clip(0, 1.999)
+        found = ssdh.halves_of(binned(d))
+        assert found.mode == pytest.approx(mode, abs=0.0301)
+        assert found.sigma_left == pytest.approx(left, abs=0.02)
+        assert found.sigma_right == pytest.approx(right, abs=0.02)
+
+    def test_fit_is_that_of_the_mirrored_distances(self) -> None:
+        """scipy's norm.fit of each side and its mirror image at the mode, as re-implementations have it."""
+        features = np.random.default_rng(0).gamma(0.5, size=(90, 20)).astype(np.float32)
+        unit = features.astype(np.float64) / np.linalg.norm(features, axis=1, keepdims=True)
+        d = (1 - unit @ unit.T)[~np.eye(90, dtype=bool)]
+        found = ssdh.fit_halves(features, 1000)
+        for side, sigma in ((d[d < found.mode], found.sigma_left), (d[d >= found.mode], found.sigma_right)):
+            mean, expected = scipy.stats.norm.fit(np.concatenate([side, 2 * found.mode - side]))
+            assert mean == pytest.approx(found.mode)
+            assert sigma == pytest.approx(expected, rel=1e-4)
+        counts = [((d >= b / 100) & (d < (b + 1) / 100)).sum() for b in range(200)]
+        assert counts[round(found.mode * 100)] >= max(counts) - 4  # a distance may fall on the other side of an edge
+
+    def test_loss_is_the_double_loop(self) -> None:
+        own, rows, z = method("ssdh", alpha=0.5, beta=0.5), rows_of(), torch.tanh(gaussian(9, L))
+        own.halves = halves = ssdh.Halves(0.6, 0.2, 0.4)
+        x, total, kinds = tiny_data().features[rows].astype(np.float64), 0.0, set()
+        for i in range(9):
+            for j in range(9):
+                d = 1 - float(x[i] @ x[j]) / float(np.linalg.norm(x[i]) * np.linalg.norm(x[j]))
+                s = 1 if d <= halves.mode - 0.1 else -1 if d >= halves.mode + 0.2 else 0
+                total += abs(s) * (float(z[i] @ z[j]) / L - s) ** 2
+                kinds.add(s)
+        assert kinds == {-1, 0, 1}
+        assert float(own.loss({"z": z}, batch_of(rows)).backward) == pytest.approx(total / 81, rel=1e-12)
+
+    def test_training_without_features_is_refused(self) -> None:
+        settings, data = ssdh.Settings(), replace(tiny_data(), features=None)
+        with pytest.raises(InvalidInput, match="commit features"):
+            ssdh.Method(settings, Place(L, False, data, SingleProcess()))
+
+
+def binned(d: np.ndarray) -> np.ndarray:
+    bins = (d * 100).astype(int)
+    return np.array([np.bincount(bins, weights=d**power, minlength=200) for power in range(3)])
+
+
+class TestDSDH:
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        codes = straight_through.sign(gaussian(60, 6))
+        labels = torch.nn.functional.one_hot(torch.arange(60) % 4).double()
+        return codes, labels, gaussian(60, 6, seed=1)
+
+    def test_classifier_is_ridge_regression(self) -> None:
+        codes, labels, _ = self.parts()
+        expected = Ridge(alpha=0.3, fit_intercept=False).fit(codes.numpy(), labels.numpy()).coef_.T
+        assert np.allclose(dsdh.classifier(codes, labels, 0.3).numpy(), expected, rtol=1e-8)
+
+    def test_one_sweep_sets_each_bit_to_the_better_of_its_two_values(self) -> None:
+        codes, labels, h = self.parts()
+        w = dsdh.classifier(codes, labels, 0.1)
+        expected = codes.clone()
+        for k in range(6):
+            for i in range(60):
+                costs = []
+                for bit in (-1.0, 1.0):
+                    trial = expected[i].clone()
+                    trial[k] = bit
+                    costs.append(code_cost(trial, w, labels[i], h[i], 0.2))
+                expected[i, k] = -1.0 if costs[0] < costs[1] else 1.0
+        assert torch.equal(dsdh.discrete_codes(codes, w, labels, h, 0.2, 1), expected)
+
+    def test_descent_ends_where_no_single_bit_helps_and_near_the_best_code(self) -> None:
+        codes, labels, h = self.parts()
+        w = dsdh.classifier(codes, labels, 0.1)
+        found = dsdh.discrete_codes(codes, w, labels, h, 0.2, 50)
+        every = torch.tensor([[1.0 if c >> k & 1 else -1.0 for k in range(6)] for c in range(64)]).double()
+        best = 0
+        for i in range(60):
+            cost = code_cost(found[i], w, labels[i], h[i], 0.2)
+            assert cost <= code_cost(codes[i], w, labels[i], h[i], 0.2) + 1e-12
+            for k in range(6):
+                flipped = found[i].clone()
+                flipped[k] *= -1
+                assert cost <= code_cost(flipped, w, labels[i], h[i], 0.2) + 1e-12
+            best += cost <= min(code_cost(c, w, labels[i], h[i], 0.2) for c in every) + 1e-12
+        assert best >= 50
+
+    def test_loss_pulls_towards_the_codes_and_not_the_signs(self) -> None:
+        own, rows, z = method("dsdh", eta=3.0), rows_of(), gaussian(9, L).requires_grad_()
+        own.bank.u_nL.copy_(gaussian(230, L, seed=1))
+        own.start_epoch(0, lambda: torch.zeros(0))
+        found = own.loss({"z": z}, batch_of(rows))
+        found.backward.backward()
+        fixed, u = z.detach(), own.bank.u_nL
+        s = torch.tensor([[same_class(i, j) for j in range(230)] for i in rows], dtype=torch.float64)
+        codes = own.codes_nL[torch.from_numpy(rows)]
+        expected = (torch.sigmoid(fixed @ u.T / 2) - s) @ u + 2 * 3.0 * (fixed - codes)
+        assert z.grad is not None
+        assert torch.allclose(z.grad, expected / (9 * 230), rtol=1e-12)
+        assert set(codes.unique().tolist()) == {-1.0, 1.0}
+
+
+def code_cost(code: Tensor, w: Tensor, label: Tensor, h: Tensor, ratio: float) -> float:
+    return float(((label - code @ w) ** 2).sum() + ratio * ((code - h) ** 2).sum())

@@ -55,6 +55,12 @@ SETS = ("query", "train", "database", "validation")
 FILE = "file:"
 """What the name of a protocol in a file begins with."""
 
+_APART = (
+    ("query", "database", "queries must not be in the database"),
+    ("query", "train", "queries must not be trained on"),
+    ("query", "validation", "queries must not be in the validation set"),
+    ("validation", "train", "validation images must not be trained on"),
+)
 _PART = re.compile(r"(train|test|val)(?:id(?:ation)?)?[/_-]", re.IGNORECASE)
 _METADATA = b"hashdist protocol"
 _FORMAT_VERSION = 1
@@ -86,17 +92,9 @@ class Split:
     validation: NDArray[np.int64] = field(default_factory=_none)
 
     def __post_init__(self) -> None:
-        self._apart("query", "database", "queries must not be in the database")
-        self._apart("query", "train", "queries must not be trained on")
-        self._apart("query", "validation", "queries must not be in the validation set")
-        self._apart("validation", "train", "validation images must not be trained on")
-
-    def _apart(self, one: str, other: str, rule: str) -> None:
-        shared = np.intersect1d(self.ids[getattr(self, one)], self.ids[getattr(self, other)])
-        if len(shared):
-            raise InvalidInput(
-                f"{rule}, found {len(shared)} that are (the first id: {shared[0]}); leave them out of one of the two"
-            )
+        for one, other, rule in _APART:
+            shared = np.intersect1d(self.ids[getattr(self, one)], self.ids[getattr(self, other)])
+            _check_apart(rule, "id", shared.tolist())
 
     def digest(self) -> str:
         """32 hex digits that name the sets of ids, whatever the order of rows."""
@@ -116,6 +114,13 @@ class Split:
     def _bytes(self, name: str) -> bytes:
         rows = getattr(self, name)
         return len(rows).to_bytes(8, "little") + np.sort(self.ids[rows]).astype("<i8").tobytes()
+
+
+def _check_apart(rule: str, what: str, shared: Sequence[int | str]) -> None:
+    if shared:
+        raise InvalidInput(
+            f"{rule}, found {len(shared)} that are (the first {what}: {shared[0]}); leave them out of one of the two"
+        )
 
 
 @dataclass(frozen=True)
@@ -390,6 +395,9 @@ def protocol_of(sets: Mapping[str, Iterable[str]], name: str, seed: int = 0, sou
     empty = [part for part in SETS[:3] if not members[part]]
     if empty:
         raise InvalidInput(f"protocol {name} needs query, train and database images, found no {' and no '.join(empty)}")
+    for one, other, rule in _APART:
+        shared = sorted(members[one] & members[other])
+        _check_apart(rule, "key", shared)
     keys = sorted(set().union(*members.values()))
     rows = {part: np.flatnonzero([key in members[part] for key in keys]) for part in SETS}
     return Protocol(name, seed, source, keys, Split(ids=_distinct_ids(keys), **rows))

@@ -27,7 +27,7 @@ from hashdist.methods.contract import (
     method_settings,
 )
 from hashdist.order import blocks
-from hashdist.protocols import Split, split
+from hashdist.protocols import Split, parts_of, split
 from hashdist.sample import one_hot
 from hashdist.schema import OK, from_vectors
 from hashdist.settings import GraphSettings, TrainSettings
@@ -85,12 +85,14 @@ class Corpus:
         ids: int64 [N].
         features: [N, D].
         labels: bool [N, C]; None where there are none.
+        parts: [N], the data set's own parts, as their keys name them.
     """
 
     name: str
     ids: NDArray[np.int64]
     features: NDArray[np.floating]
     labels: NDArray[np.bool_] | None
+    parts: Sequence[str] | None = None
 
     @cached_property
     def masks(self) -> NDArray[np.uint64]:
@@ -110,7 +112,7 @@ def read_corpus(features: Artefact, drop_labels: Sequence[int] = ()) -> Corpus:
         features: committed.
         drop_labels: classes that count for nothing; images that are left without a label take no part.
     """
-    table = read_vectors(features, ["id", "status", "labels", "feature"])
+    table = read_vectors(features, ["id", "key", "status", "labels", "feature"])
     table = table.filter(table["status"].to_numpy() == OK)
     labels = one_hot(table["labels"].to_pylist())
     wrong = [label for label in drop_labels if not 0 <= label < labels.shape[1]]
@@ -119,11 +121,13 @@ def read_corpus(features: Artefact, drop_labels: Sequence[int] = ()) -> Corpus:
     labels[:, list(drop_labels)] = False
     vectors: NDArray[Any] = from_vectors(table["feature"], table.schema)
     ids: NDArray[np.int64] = table["id"].to_numpy()
+    parts = parts_of(table["key"].to_pylist())
     name = features.name + "".join(f"-{label}" for label in sorted(drop_labels))
     if not labels.shape[1]:
-        return Corpus(name, ids, vectors, None)
+        return Corpus(name, ids, vectors, None, parts)
     keep = labels.any(1)
-    return Corpus(name, ids[keep], np.ascontiguousarray(vectors[keep]), labels[keep])
+    kept = [part for part, there in zip(parts, keep.tolist(), strict=True) if there]
+    return Corpus(name, ids[keep], np.ascontiguousarray(vectors[keep]), labels[keep], kept)
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class Frame:
         labels = None if corpus.labels is None else corpus.label_lists(np.arange(len(corpus.ids)))
         self.corpus, self.seed, self._graph, self.threads = corpus, seed, graph, threads
         self.cut, self.precision_at, self.recall_at = cut, precision_at, recall_at
-        self.split: Split = split(protocol, corpus.ids, labels, seed)
+        self.split: Split = split(protocol, corpus.ids, labels, seed, corpus.parts)
         self._graphs: dict[GraphSettings, tuple[Graph | None, dict[str, Any]]] = {}
 
     @cached_property

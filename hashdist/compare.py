@@ -24,6 +24,7 @@ from hashdist.errors import InvalidInput
 from hashdist.experiment import Corpus, Entry, Fitted, Frame, read_corpus
 from hashdist.methods.contract import find_method, settings_text
 from hashdist.progress import say
+from hashdist.protocols import identity as protocol_identity
 from hashdist.protocols import needs_labels
 from hashdist.schema import from_vectors
 from hashdist.settings import CompareOptions, Settings
@@ -123,7 +124,7 @@ def _cells(settings: Settings, options: CompareOptions, entries: list[Entry], co
                 identity = {
                     "revision": REVISION,
                     "corpus": corpus.name,
-                    "protocol": wanted.protocol,
+                    "protocol": protocol_identity(wanted.protocol),
                     "cuts": [wanted.cut, wanted.precision_at, wanted.recall_at],
                     "method": entry.method,
                     "settings": settings_text(entry.settings()) if entry.deep else "",

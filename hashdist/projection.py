@@ -17,3 +17,8 @@ class Projection:
         """z, float32 [N, L]."""
         centred_ND: NDArray[np.float32] = features_ND.astype(np.float32) - self.mean_D
         return centred_ND @ self.directions_DL
+
+
+def signs(z_NL: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The codes of hash outputs as -1/+1 float64; sign(0) is +1."""
+    return np.where(z_NL >= 0, 1.0, -1.0)

@@ -126,7 +126,7 @@ def read_corpus(features: Artefact, drop_labels: Sequence[int] = ()) -> Corpus:
     if not labels.shape[1]:
         return Corpus(name, ids, vectors, None, parts)
     keep = labels.any(1)
-    kept = [part for part, there in zip(parts, keep.tolist(), strict=True) if there]
+    kept = [parts[row] for row in np.flatnonzero(keep)]
     return Corpus(name, ids[keep], np.ascontiguousarray(vectors[keep]), labels[keep], kept)
 
 

@@ -65,7 +65,8 @@ class FeatureSettings:
     """Which network turns an image into a feature vector, and how it is run.
 
     Args:
-        backbone: `pixels` (built in, no weights), a torchvision model name, or `module:factory`.
+        backbone: `pixels` (built in, no weights), `cnnf` (built in, weights from a file or random), a torchvision model
+            name, or `module:factory`.
         tap: the layer to read, e.g. `relu7` of vgg19 or `pool` of resnet50; empty = the backbone's default.
         weights: `hub` (torchvision's, downloaded), `random` (for trials only), or a .pth / .safetensors file.
         preprocess: pixels to network input.

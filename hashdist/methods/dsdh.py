@@ -14,8 +14,8 @@ pair likelihood, and codes that are updated bit by bit so that a linear classifi
 | b_k = sgn(p_k - B'^T W' w_k), P = W Y + eta / mu H (DCC) | `discrete_codes` | [n, L] | Eqs 15-16 |
 
 By turns as in Algorithm 1: the network for an epoch with B fixed, then W, then B bit by bit until nothing changes, both
-over all n images. (The released code solves W and B anew for each batch from the batch alone; nu = .1, eta = 55, at most
-10 sweeps and the rates are its.) Pairs, both their roles and the division by B n are as in methods/dpsh.py. The
+over all n images. (The released code solves W and B anew for each batch from the batch alone; nu = .1, eta = 55, at
+most 10 sweeps and the rates are its.) Pairs, both their roles and the division by B n are as in methods/dpsh.py. The
 classification term reaches the network through B alone; it is reported beside the loss. Frozen features are scaled to
 length 16: at these rates a step of the eta term overshoots where lr eta / n length^2 nears 1.
 """

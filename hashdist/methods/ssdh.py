@@ -11,8 +11,8 @@ Hashing", IJCAI 2018. Unsupervised; only pairs whose features are clearly near o
 | sum abs(s_ij) (h_i.h_j / L - s_ij)^2 | `loss` | number | Eqs 3-4 |
 
 The fit as re-implementations do it: m is the lower edge of the fullest bin, .01 wide, of the histogram of distances.
-The distances below it are mirrored at it, and so are those above, which makes sigma the root mean square distance from m
-on either side. It is taken from sums per bin in one pass over at most `fit_images` images, evenly spaced.
+The distances below it are mirrored at it, and so are those above, which makes sigma the root mean square distance from
+m on either side. It is taken from sums per bin in one pass over at most `fit_images` images, evenly spaced.
 alpha = beta = 2 as in the paper. Not checked against anything: batch 24, SGD and its rate in preset `paper`.
 The structure comes from committed features, so training from images needs them beside the images.
 """

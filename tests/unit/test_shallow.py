@@ -11,7 +11,8 @@ from sklearn.decomposition import PCA
 
 from hashdist.anchors import k_means, sampled, squared_distances
 from hashdist.errors import InvalidInput
-from hashdist.methods import agh, itq, pcah, sh
+from hashdist.methods import agh, isoh, itq, pcah, sh, sp, sphh
+from hashdist.projection import signs
 
 
 def cloud(n: int = 500, width: int = 24, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
@@ -166,6 +167,91 @@ class TestAgh:
             agh.fit(cloud(20), 32, 0)
         with pytest.raises(InvalidInput, match="fewer duplicates"):
             agh.fit(np.repeat(cloud(5), 20, axis=0), 16, 0)
+
+
+class TestIsoh:
+    def test_all_bits_have_the_mean_of_the_leading_variances(self) -> None:
+        features = cloud()
+        z = isoh.fit(features, 16, 0)(features).astype(np.float64)
+        variances = PCA(16, svd_solver="full").fit(features.astype(np.float64)).explained_variance_ * 499 / 500
+        assert variances.max() > 10 * variances.min()
+        np.testing.assert_allclose(z.var(0), variances.mean(), rtol=1e-4)
+        np.testing.assert_allclose(np.linalg.eigvalsh(np.cov(z.T, bias=True)), variances[::-1], rtol=1e-3)
+
+    @pytest.mark.parametrize("bits", [2, 16, 64])
+    def test_q_is_orthogonal(self, bits: int) -> None:
+        variances = np.random.default_rng(0).exponential(size=bits) ** 2
+        q = isoh.lift_and_project(variances, np.random.default_rng(1))
+        np.testing.assert_allclose(q.T @ q, np.eye(bits), atol=1e-10)
+        np.testing.assert_allclose((q.T @ np.diag(variances) @ q).diagonal(), variances.mean(), rtol=2e-6)
+
+    def test_other_seeds_other_rotations(self) -> None:
+        a, b = (isoh.fit(cloud(), 8, seed).directions_DL for seed in (0, 1))
+        assert abs(a - b).max() > 0.1
+
+
+class TestSphh:
+    def test_spheres_hold_half_and_share_a_quarter(self) -> None:
+        features = cloud(600)
+        inside = (sphh.fit(features, 16, 0)(features) >= 0).astype(int)
+        np.testing.assert_allclose(inside.mean(0), 0.5, atol=0.005)
+        shared = (inside.T @ inside)[np.triu_indices(16, 1)] / 600
+        assert abs(shared - 0.25).mean() <= 0.26 * sphh.MEAN_ERROR
+        assert shared.std() <= 0.26 * sphh.SPREAD_ERROR
+
+    def test_bit_is_the_inside_of_the_sphere(self) -> None:
+        features = cloud(100)
+        encoder = sphh.fit(features, 8, 0)
+        wanted = cdist(features, encoder.pivots_LD) <= encoder.radii_L
+        far_from_the_border = abs(encoder(features)) > 1e-3
+        np.testing.assert_array_equal((encoder(features) >= 0)[far_from_the_border], wanted[far_from_the_border])
+
+    def test_forces_by_double_loops(self) -> None:
+        rng = np.random.default_rng(0)
+        inside = (rng.random((40, 5)) < 0.5).astype(np.float32)
+        pivots = rng.standard_normal((5, 3)).astype(np.float32)
+        overlaps = inside.T @ inside
+        wanted = np.zeros((5, 3))
+        for i, j in product(range(5), range(5)):
+            if i != j:
+                wanted[i] += 0.5 * (overlaps[i, j] - 10) / 10 * (pivots[i] - pivots[j]) / 5
+        np.testing.assert_allclose(sphh.forces(overlaps, 40, pivots), wanted, atol=1e-6)
+
+
+class TestSp:
+    def test_map_is_as_sparse_as_asked_and_keeps_most_of_the_semi_orthogonal_one(self) -> None:
+        directions = sp.fit(cloud(width=64), 16, 0).directions_DL
+        assert np.count_nonzero(directions) == round(sp.KEPT * 64 * 16)
+        untrained = sp.largest(np.linalg.qr(np.random.default_rng(0).standard_normal((64, 16)))[0], sp.KEPT)
+        assert (directions**2).sum() / 16 > 0.85 > 0.6 > (untrained**2).sum() / 16
+
+    def test_each_step_is_the_minimum_of_the_objective(self) -> None:
+        rng = np.random.default_rng(0)
+        x, beta = rng.standard_normal((30, 7)), 4.0
+
+        def objective(b: np.ndarray, r: np.ndarray, sparse: np.ndarray) -> float:
+            return float(((x - b @ r) ** 2).sum() + beta * ((r - sparse) ** 2).sum())
+
+        r = np.linalg.qr(rng.standard_normal((7, 3)))[0].T
+        sparse = sp.largest(r, 0.4)
+        assert np.count_nonzero(sparse) == 8
+        b = signs(x @ r.T)
+        every = [np.array(row) for row in product([-1.0, 1.0], repeat=3)]
+        for i in range(30):
+            best = min(((x[i] - row @ r) ** 2).sum() for row in every)
+            assert ((x[i] - b[i] @ r) ** 2).sum() == pytest.approx(best)
+        found = sp.nearest_rotation(b.T @ x + beta * sparse)
+        np.testing.assert_allclose(found @ found.T, np.eye(3), atol=1e-12)
+        for _ in range(200):  # near it and far from it, no semi-orthogonal matrix is better
+            other = np.linalg.qr((found + rng.exponential(0.3) * rng.standard_normal((3, 7))).T)[0].T
+            other *= np.sign((other * found).sum(1, keepdims=True))
+            assert objective(b, other, sparse) >= objective(b, found, sparse) - 1e-9
+
+
+@pytest.mark.parametrize("method", [isoh, sp])
+def test_no_more_bits_than_principal_directions(method) -> None:
+    with pytest.raises(InvalidInput, match="= 24 bits, found 32; use LSH"):
+        method.fit(cloud(), 32, 0)
 
 
 def test_itq_reaches_the_objective_of_faiss() -> None:

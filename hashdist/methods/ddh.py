@@ -164,7 +164,8 @@ class GraphSimilarity:
     def __init__(self, graph: Graph, place: Place) -> None:
         # as plain arrays: slices of memory maps are slow to make
         self._indptr, self._indices = np.asarray(graph.indptr), np.asarray(graph.indices)
-        self._device, self._dtype = place.device, place.dtype
+        self._s = ImplicitW(self._indptr, self._indices, place.device, place.dtype)
+        self._device = place.device
 
     def positive_sums(self, rows_b: NDArray[np.int64], u_nL: Tensor) -> Tensor:
         """As many rows of U as there are positives, whatever n is."""
@@ -176,7 +177,7 @@ class GraphSimilarity:
 
     def block(self, rows_B: NDArray[np.int64]) -> Tensor:
         """Looked up in the rows of the graph."""
-        return ImplicitW(self._indptr, self._indices, self._device, self._dtype).block(rows_B)
+        return self._s.block(rows_B)
 
     def recompute(self, u_nL: Tensor) -> None:
         """Nothing is kept."""

@@ -48,13 +48,18 @@ def sample_ids(graph: Artefact) -> NDArray[np.int64]:
 def read_sample(graph: Artefact) -> TrainingData:
     """The arrays of a committed graph, mapped where they lie on this machine."""
     files = graph.manifest()["files"]
-    labels = files.get("labels")
     return TrainingData(
         ids=sample_ids(graph),
         features=_array(graph, files["features"]),
-        labels=one_hot(read_table(graph.store, labels, ["labels"])["labels"].to_pylist()) if labels else None,
+        labels=sample_labels(graph),
         graph=Graph(*(_array(graph, files[name]) for name in GRAPH_FILES)) if files["w0_indptr"] else None,
     )
+
+
+def sample_labels(graph: Artefact) -> NDArray[np.bool_] | None:
+    """bool [n, C] of the images that the graph is made of; None where there are none."""
+    entry = graph.manifest()["files"].get("labels")
+    return one_hot(read_table(graph.store, entry, ["labels"])["labels"].to_pylist()) if entry else None
 
 
 def one_hot(labels: list[list[int] | None]) -> NDArray[np.bool_]:

@@ -25,11 +25,18 @@ from hashdist.checkpoints import Checkpoints, agree_on_newest, finite, load_stat
 from hashdist.collections import subset
 from hashdist.communicator import Communicator, TorchDistributed
 from hashdist.errors import Conflict, InvalidInput
-from hashdist.methods.contract import TrainingData, check_schedule, deep_method, find_method, method_settings
+from hashdist.methods.contract import (
+    TrainingData,
+    check_labels,
+    check_schedule,
+    deep_method,
+    find_method,
+    method_settings,
+)
 from hashdist.model import describe
 from hashdist.networks import Network, open_network, spec_settings, state_bytes, weights_digest
 from hashdist.progress import say, speak_to
-from hashdist.sample import LocalShare, cache_images, read_sample, sample_ids
+from hashdist.sample import LocalShare, cache_images, read_sample, sample_ids, sample_labels
 from hashdist.settings import Settings, TrainSettings
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, Log, Version, artefact, read_file, write_file
@@ -100,10 +107,8 @@ def check(settings: Settings, graph: Artefact, features: Artefact, collection: A
             f"the graph must be made from the features that are trained on: {graph.uri} was made from "
             f"{made_from['uri']}, found {features.uri}; build the graph again from these features"
         )
-    if method.USES == "labels" and graph.manifest()["files"].get("labels") is None:
-        raise InvalidInput(
-            f"method {wanted.method} learns from labels, and {graph.uri} has none; use a collection with labels"
-        )
+    if method.USES == "labels":
+        check_labels(wanted.method, sample_labels(graph))
     if method.GRAPH != "none" and graph.manifest()["rule"] == "none":
         raise InvalidInput(
             f"method {wanted.method} learns from a neighbour graph, and {graph.uri} holds the sample alone; build one "

@@ -121,7 +121,7 @@ def _graph(
     )
     lineage = {"stage": "graph", "inputs": {"features": {"uri": features.uri, "digest": features.name}}}
     sizes = {"n": n, "rows": n, "failed": 0, "k1": NEIGHBOURS, "k2": NEIGHBOURS, "edges": int(near.sum())}
-    graph.publish({**lineage, "settings": {}, **sizes, "files": files})
+    graph.publish({**lineage, "settings": {}, "rule": "and", **sizes, "files": files})
     return graph
 
 

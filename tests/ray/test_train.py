@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 from PIL import Image
@@ -23,10 +24,16 @@ from hashdist.settings import CollectionSettings, FeatureSettings, PreprocessSet
 from hashdist.snapshots import read_vectors
 from hashdist.stages import collection, encode, features, train
 from hashdist.store import open_store
-from hashdist.store.commit import Artefact, Log, Version, open_artefact
+from hashdist.store.commit import Artefact, Log, Version, open_artefact, read_table, write_table
 
 EPOCHS = 12
-OPTIONS = {"epochs": EPOCHS, "rounds": 3, "lr": 1e-3}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dsah": {"epochs": EPOCHS, "rounds": 3, "lr": 1e-3},
+    "ddh": {"epochs": 3 * EPOCHS, "batch": 50},
+    "sadh": {"epochs": 3 * EPOCHS, "semantic": 32, "labnet_hidden": 64},
+    "csdh": {"epochs": 3 * EPOCHS},
+}
+OTHERS = [name for name in OPTIONS if name != "dsah"]
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 DRIVER = """
@@ -43,12 +50,12 @@ with distributed.session(ClusterSettings(address=address)):
 """
 
 
-def _settings(root: str, workers: int = 2, **changes: Any) -> Settings:
-    return Settings(root=root, train=TrainSettings(**{**_train_settings(), **changes}, workers=workers))
+def _settings(root: str, workers: int = 2, method: str = "dsah", **changes: Any) -> Settings:
+    return Settings(root=root, train=TrainSettings(**{**_train_settings(method), **changes}, workers=workers))
 
 
-def _train_settings() -> dict[str, Any]:
-    return {"bits": 16, "options": OPTIONS, "checkpoint_steps": 4}
+def _train_settings(method: str = "dsah") -> dict[str, Any]:
+    return {"method": method, "bits": 16, "options": OPTIONS[method], "checkpoint_steps": 4}
 
 
 def _head(result: dict[str, Any]) -> str:
@@ -73,22 +80,22 @@ def _wait_for(log: Log, number: int, timeout_s: float = 120) -> Version:
 
 @pytest.fixture(scope="module")
 def uninterrupted(ray_session: None, made: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """uninterrupted(workers): weights of a run that nothing disturbed."""
-    heads: dict[int, str] = {}
+    """uninterrupted(workers, method): weights of a run that nothing disturbed."""
+    heads: dict[tuple[int, str], str] = {}
 
-    def of(workers: int) -> str:
-        if workers not in heads:
+    def of(workers: int, method: str = "dsah") -> str:
+        if (workers, method) not in heads:
             root = tmp_path_factory.mktemp("uninterrupted").as_uri()
             there = made(root)
-            heads[workers] = _head(train.run(_settings(root, workers), there.graph, there.features))
-        return heads[workers]
+            heads[workers, method] = _head(train.run(_settings(root, workers, method), there.graph, there.features))
+        return heads[workers, method]
 
     return of
 
 
-def _worker_killed(root: str, made: Callable[..., Any], workers: int) -> tuple[str, list[str]]:
+def _worker_killed(root: str, made: Callable[..., Any], workers: int, method: str = "dsah") -> tuple[str, list[str]]:
     """Weights, and attempts seen in the log, of a run whose rank 0 was killed in the middle."""
-    there, settings = made(root), _settings(root, workers)
+    there, settings = made(root), _settings(root, workers, method)
     log = _log(settings, there)
     killed: list[int] = []
 
@@ -107,11 +114,11 @@ def _worker_killed(root: str, made: Callable[..., Any], workers: int) -> tuple[s
     return _head(result), list(dict.fromkeys(str(version["worker"]["pid"]) for version in versions))
 
 
-def _driver_killed(root: str, made: Callable[..., Any], workers: int) -> tuple[str, list[str]]:
+def _driver_killed(root: str, made: Callable[..., Any], workers: int, method: str = "dsah") -> tuple[str, list[str]]:
     """Weights, and attempts seen in the log, of a run whose driver was killed and which was then submitted again."""
-    there, settings = made(root), _settings(root, workers)
+    there, settings = made(root), _settings(root, workers, method)
     log = _log(settings, there)
-    script = DRIVER.replace("{train_settings}", repr(_train_settings()))
+    script = DRIVER.replace("{train_settings}", repr(_train_settings(method)))
     address = ray.get_runtime_context().gcs_address
     arguments = [root, address, str(workers), there.graph.uri, there.features.uri]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -146,6 +153,28 @@ def test_kills_change_no_bit_at_other_world_sizes(
 ) -> None:
     assert _worker_killed((tmp_path / "worker").as_uri(), made, workers)[0] == uninterrupted(workers)
     assert _driver_killed((tmp_path / "driver").as_uri(), made, workers)[0] == uninterrupted(workers)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", OTHERS)
+def test_kills_change_no_bit_of_the_other_methods(
+    uninterrupted: Any, made: Callable[..., Any], tmp_path: Path, method: str
+) -> None:
+    assert _worker_killed((tmp_path / "worker").as_uri(), made, 2, method)[0] == uninterrupted(2, method)
+    assert _driver_killed((tmp_path / "driver").as_uri(), made, 2, method)[0] == uninterrupted(2, method)
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_the_other_methods_train_on_two_workers_and_encode(
+    uninterrupted: Any, made: Callable[..., Any], tmp_path: Path, method: str
+) -> None:
+    there, settings = made(tmp_path.as_uri()), _settings(tmp_path.as_uri(), method=method)
+    result = train.run(settings, there.graph, there.features)
+    manifest = open_artefact(result["snapshot"], "models").manifest()
+    assert manifest["classes"] == 5
+    assert manifest["history"][-1]["loss"] < manifest["history"][0]["loss"]
+    codes = load_model(result["snapshot"]).encode_features(there.features_ND)
+    assert len(np.unique(codes, axis=0)) > 1
 
 
 def test_the_run_tells_where_it_stands_and_is_not_done_again(
@@ -234,6 +263,23 @@ def test_wrong_settings_end_before_workers_start(
     assert not list(tmp_path.glob("models/*/manifest.json"))
 
 
+@pytest.mark.parametrize(("labels", "message"), [("none", "have none"), ("some empty", "3 of 300 .* empty label set")])
+def test_images_without_labels_cannot_train_a_supervised_method(
+    ray_session: None, made: Callable[..., Any], tmp_path: Path, labels: str, message: str
+) -> None:
+    there = made(tmp_path.as_uri())
+    manifest = there.graph.manifest()
+    table = read_table(there.graph.store, manifest["files"]["labels"])
+    lists = [[] if row < 3 else label for row, label in enumerate(table["labels"].to_pylist())]
+    table = table.set_column(2, "labels", pa.array(lists, pa.list_(pa.int32())))
+    other = Artefact(open_store(tmp_path.as_uri()), "graphs", "1" * 32)
+    entry = None if labels == "none" else write_table(other.store, other.new_name(".parquet"), table)
+    fields = {name: manifest[name] for name in ("stage", "inputs", "settings", "rule", "n", "rows", "failed")}
+    other.publish({**fields, "files": {"labels": entry}})
+    with pytest.raises(InvalidInput, match=message):
+        train.run(_settings(tmp_path.as_uri(), method="csdh"), other, there.features)
+
+
 def test_a_graph_of_other_features_is_refused(ray_session: None, made: Callable[..., Any], tmp_path: Path) -> None:
     there, other = made(tmp_path.as_uri()), made(tmp_path.as_uri(), seed=1)
     with pytest.raises(InvalidInput, match="must be made from the features"):
@@ -250,18 +296,26 @@ def test_a_checkpoint_of_another_model_is_refused(ray_session: None, made: Calla
         train.run(settings, there.graph, there.features)
 
 
-def test_end_to_end_from_images(ray_session: None, made_graph: Callable[[Artefact], Artefact], tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
+@pytest.mark.parametrize(
+    "method", ["dsah", "sadh", *(pytest.param(name, marks=pytest.mark.full) for name in ("ddh", "csdh"))]
+)
+def test_end_to_end_from_images(
+    ray_session: None, made_graph: Callable[[Artefact], Artefact], tmp_path: Path, method: str
+) -> None:
     rng = np.random.default_rng(0)
     for number in range(40):
         coarse = rng.integers(0, 256, (4, 4, 3), np.uint8)
         image = Image.fromarray(coarse).resize((40, 40), Image.Resampling.BICUBIC)
-        image.save(tmp_path / "images" / f"{number:03d}.png")
+        path = tmp_path / "images" / str(number % 3) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    small = {"semantic": 32, "labnet_hidden": 64} if method == "sadh" else {}
+    options = {"epochs": 2, "rounds": 2, "batch": 7, **small}
     chosen = PreprocessSettings(size=32)
     backbone = FeatureSettings("squeezenet1_1", weights="random", preprocess=chosen, precision="float32", batch=8)
     settings = replace(
-        _settings((tmp_path / "root").as_uri(), mode="images", options={"epochs": 2, "rounds": 2, "batch": 7}),
-        collection=CollectionSettings(uri=(tmp_path / "images").as_uri(), labels=False, part_rows=16),
+        _settings((tmp_path / "root").as_uri(), method=method, mode="images", options=options),
+        collection=CollectionSettings(uri=(tmp_path / "images").as_uri(), part_rows=16),
         features=backbone,
     )
     listed = open_artefact(collection.run(settings)["snapshot"], "collections")

@@ -1,6 +1,6 @@
 """Shallow methods with labels, each against what its paper says it is."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 
 from hashdist.bits import hamming, pack
 from hashdist.errors import InvalidInput
-from hashdist.methods import ksh, sdh
+from hashdist.methods import ksh, lfh, rsdh, sdh, splh
 from hashdist.methods.contract import fit_shallow
 
 
@@ -37,13 +37,14 @@ def gap(codes: np.ndarray, labels: np.ndarray) -> float:
     return float(distances[~similar].mean() - distances[similar].mean())
 
 
-@pytest.mark.parametrize("method", [ksh, sdh])
+@pytest.mark.parametrize("method", [ksh, lfh, rsdh, sdh, splh])
 class TestEveryMethod:
     def test_same_seed_same_codes_and_other_seeds_others(self, method) -> None:
         features, labels = labelled()
         codes = [pack(method.fit(features, 16, seed, labels)(features)) for seed in (0, 0, 1)]
         np.testing.assert_array_equal(codes[0], codes[1])
-        assert (codes[0] != codes[2]).any()
+        if method is not splh:  # which draws its sample alone, and here takes all images
+            assert (codes[0] != codes[2]).any()
 
     def test_codes_of_new_images_follow_their_labels(self, method) -> None:
         for make in (labelled, several_labels):
@@ -158,3 +159,127 @@ class TestSdh:
         np.testing.assert_allclose(
             sdh.hash_solver(phi) @ codes, np.linalg.lstsq(phi, codes, rcond=None)[0], rtol=1e-3, atol=1e-3
         )
+
+
+class TestLfh:
+    def test_slope_and_bound_are_those_of_the_log_posterior(self) -> None:
+        rng = np.random.default_rng(0)
+        u, drawn, shared = rng.standard_normal(5), rng.standard_normal((7, 5)), rng.random(7) < 0.5
+
+        def posterior(u: np.ndarray) -> float:
+            total = -u @ u / (2 * lfh.PRIOR)
+            for j in range(7):
+                theta = u @ drawn[j] / 2
+                total += 2 * (shared[j] * theta - np.log1p(np.exp(theta)))  # (i, j) and (j, i)
+            return float(total)
+
+        step = lfh.ascended(u[None], drawn, shared[None])[0] - u
+        bound = sum(np.outer(v, v) for v in drawn) / 8 + np.eye(5) / lfh.PRIOR
+        numeric = np.array([(posterior(u + e) - posterior(u - e)) / 2e-5 for e in 1e-5 * np.eye(5)])
+        np.testing.assert_allclose(bound @ step, numeric, rtol=1e-5, atol=1e-7)
+        hessian = np.array(
+            [[(posterior(u + a + b) - posterior(u + a - b) - posterior(u - a + b) + posterior(u - a - b)) / 4e-6
+              for a in 1e-3 * np.eye(5)] for b in 1e-3 * np.eye(5)]
+        )  # fmt: skip
+        assert np.linalg.eigvalsh(hessian + bound).min() > -1e-6
+
+    def test_a_turn_never_lowers_the_posterior_of_its_pairs(self) -> None:
+        rng = np.random.default_rng(1)
+        drawn, shared = 3 * rng.standard_normal((8, 6)), rng.random((30, 8)) < 0.5
+
+        def posterior(u: np.ndarray) -> float:
+            theta = u @ drawn.T / 2
+            return float(2 * (shared * theta - np.logaddexp(0, theta)).sum() - (u**2).sum() / (2 * lfh.PRIOR))
+
+        u = 3 * rng.standard_normal((30, 6))
+        values = [posterior(u)]
+        for _ in range(20):
+            u = lfh.ascended(u, drawn, shared)
+            values.append(posterior(u))
+        assert all(b >= a - 1e-9 for a, b in pairwise(values))
+        assert values[-1] > values[0] + 1
+
+    def test_regression_is_ridge_regression(self) -> None:
+        rng = np.random.default_rng(2)
+        x, u = rng.standard_normal((50, 9)).astype(np.float32), rng.standard_normal((50, 4))
+        reference = Ridge(alpha=1.0, fit_intercept=False).fit(x.astype(np.float64), u).coef_.T
+        np.testing.assert_allclose(lfh.regression(x, u), reference, rtol=1e-4, atol=1e-6)
+
+    def test_more_bits_than_images(self) -> None:
+        with pytest.raises(InvalidInput, match="at least 33 training images"):
+            lfh.fit(*labelled(20)[:1], 32, 0, labelled(20)[1])
+
+
+class TestRsdh:
+    def test_without_bound_on_the_scale_it_is_sdh(self) -> None:
+        features, labels = several_labels()
+        found = rsdh.fit(features, 16, 0, labels, scale=1e15)
+        np.testing.assert_allclose(found(features), sdh.fit(features, 16, 0, labels)(features), rtol=1e-4, atol=1e-4)
+
+    def test_every_step_lowers_the_cauchy_objective(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sdh, "NU", 0.1)
+        rng = np.random.default_rng(0)
+        n, bits, scale = 50, 6, 0.7
+        codes, y = np.where(rng.random((n, bits)) < 0.5, -1.0, 1.0), rng.random((n, 4))
+        w, predicted = rng.standard_normal((bits, 4)), rng.standard_normal((n, bits))
+
+        def objective() -> float:
+            r = ((y - codes @ w) ** 2).sum(1)
+            return float(scale * np.log1p(r / scale).sum() + (w**2).sum() + 0.1 * ((codes - predicted) ** 2).sum())
+
+        values = [objective()]
+        for _ in range(4):
+            weights = 1 / (1 + rsdh.errors(codes, w, y) / scale)
+            w = rsdh.weighted_ridge(codes, y, weights)
+            values.append(objective())
+            weights = 1 / (1 + rsdh.errors(codes, w, y) / scale)
+            codes = sdh.discrete_descent(codes, w, y, predicted / weights[:, None])
+            values.append(objective())
+        assert all(b <= a + 1e-9 for a, b in pairwise(values))
+        assert values[-1] < values[0]
+
+    def test_weighted_step_is_weighted_ridge_regression(self) -> None:
+        rng = np.random.default_rng(1)
+        codes, y, weights = np.where(rng.random((50, 8)) < 0.5, -1.0, 1.0), rng.random((50, 3)), rng.random(50)
+        reference = Ridge(alpha=1.0, fit_intercept=False).fit(codes, y, sample_weight=weights).coef_.T
+        np.testing.assert_allclose(rsdh.weighted_ridge(codes, y, weights), reference, rtol=1e-8)
+
+    def test_codes_stand_a_share_of_wrong_labels(self) -> None:
+        features, labels = labelled(600)
+        wrong = labels.copy()
+        swapped = np.random.default_rng(0).random(400) < 0.3
+        wrong[:400][swapped] = np.roll(labels[:400][swapped], 1, axis=1)
+        codes = pack(rsdh.fit(features[:400], 16, 0, wrong[:400])(features[400:]))
+        assert gap(codes, labels[400:]) > 1.5
+
+
+class TestSplh:
+    def test_sequence_is_that_of_the_plain_loop(self) -> None:
+        features, labels = several_labels(60, 10)
+        x = (features - features.mean(0)).astype(np.float64)
+        sample, pairs = x[:40], ksh.pair_labels(labels[:40])
+        found = splh.sequence(x.T @ x, sample, pairs, 8)
+        share = splh.ETA * (sample**2).sum() / (x**2).sum()
+        for bit in range(8):
+            m = sample.T @ pairs @ sample / 40 + share * x.T @ x
+            w = np.linalg.eigh(m)[1][:, -1]
+            assert abs(w @ found[:, bit]) == pytest.approx(1, abs=1e-8)
+            x = x - np.outer(x @ w, w)
+            guess = np.outer(sample @ w, sample @ w)
+            guess /= abs(guess).mean()
+            for i, j in product(range(40), range(40)):
+                if guess[i, j] * pairs[i, j] < 0:  # only pairs that this bit gets wrong, and they gain weight
+                    before = abs(pairs[i, j])
+                    pairs[i, j] -= splh.STEP * guess[i, j]
+                    assert abs(pairs[i, j]) > before
+
+    def test_first_direction_without_labels_is_the_first_principal_one(self) -> None:
+        features, _ = labelled()
+        x = (features - features.mean(0)).astype(np.float64)
+        w = splh.sequence(x.T @ x, x, np.zeros((300, 300)), 1)[:, 0]
+        assert abs(w @ np.linalg.svd(x, full_matrices=False)[2][0]) == pytest.approx(1, abs=1e-8)
+
+    def test_no_more_bits_than_directions(self) -> None:
+        features, labels = labelled()
+        with pytest.raises(InvalidInput, match="= 16 bits, found 32"):
+            splh.fit(features, 32, 0, labels)

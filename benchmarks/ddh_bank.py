@@ -21,7 +21,6 @@ from hashdist.communicator import SingleProcess
 from hashdist.methods import ddh
 from hashdist.methods.contract import Batch, Graph, Place, TrainingData
 from hashdist.order import blocks, epoch_batches
-from hashdist.training import _Features
 
 LIMIT = 1.2
 
@@ -96,7 +95,7 @@ class Steps:
         u_nL = torch.randn(data.n, chosen.bits, generator=torch.Generator().manual_seed(1))
         self.method.prepare(self.head, lambda: u_nL)
         self.optimizer = self.method.optimizer(self.head.parameters())
-        self.source = _Features(data.features, torch.device("cpu"), torch.float32)
+        self.features_nD = data.features
         self.batches, self.taken = epoch_batches(data.n, chosen.batch, 0, 0), 0
 
     def go(self, steps: int) -> None:
@@ -104,7 +103,7 @@ class Steps:
         for _ in range(steps):
             rows = self.batches[self.taken % len(self.batches)]
             batch = Batch(rows, slice(0, len(rows)), (len(rows),), self.taken)
-            outputs = self.head(self.source.evaluate(rows))
+            outputs = self.head(torch.from_numpy(self.features_nD[rows]))
             self.optimizer.zero_grad(set_to_none=True)
             self.method.loss(outputs, batch).backward.backward()
             self.method.adjust(self.optimizer, batch.step)

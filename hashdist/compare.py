@@ -34,7 +34,7 @@ from hashdist.store.commit import Artefact, create_record, digest, read_record
 
 REVISION = 1
 
-_SUMMARY = ("map@{cut}", "map_all_ties", "precision@{n}", "recall@{k}")
+_SUMMARY = ("map@{cut}", "map_all_ties", "precision@{n}", "recall@{k}", "svm_accuracy", "svm_seconds")
 _VARIANT = {"method", "preset", "options", "graph"}
 
 
@@ -133,6 +133,7 @@ def _cells(settings: Settings, options: CompareOptions, entries: list[Entry], co
                     "bits": bits,
                     "seed": seed,
                     "watch": options.watch if entry.deep else 0,
+                    **({"svm": True} if options.svm else {}),
                     "salt": settings.fresh,
                 }
                 yield Cell(entry, bits, seed, f"cells/{digest(identity)}.json")
@@ -193,6 +194,9 @@ class _Lab:
         on_ray = entry.deep and _on_ray(self._settings)
         fitted = self._on_ray(cell) if on_ray else frame.fit(entry, cell.bits, self._options.watch)
         graph = {} if on_ray or not entry.deep else frame.graph(entry)[1]
+        measured = frame.measure(fitted.codes)
+        if self._options.svm:
+            measured["metrics"] |= frame.classify(fitted.codes)
         return {
             "name": entry.name,
             "method": entry.method,
@@ -206,7 +210,7 @@ class _Lab:
             "split": frame.split.digest(),
             "sizes": [len(frame.split.query), len(frame.split.train), len(frame.split.database)],
             "features": self._corpus.name,
-            **frame.measure(fitted.codes),
+            **measured,
             "seconds": fitted.seconds,
             "threads": self._settings.train.threads,
             "workers": self._settings.train.workers if on_ray else 1,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from hashdist import bits, neighbours, ranking, scan
+from hashdist.classification import Part, classify
 from hashdist.communicator import SingleProcess
 from hashdist.errors import InvalidInput
 from hashdist.methods.contract import (
@@ -231,6 +232,22 @@ class Frame:
         near = found.rows_QK[:, : exact.shape[1]].astype(np.int64)
         metrics[f"recall@{self.recall_at}"] = float(ranking.recall_at(near, exact).mean())
         return {"metrics": metrics, "curves": curves, "codes": code_statistics(base)}
+
+    def classify(self, codes: Codes) -> dict[str, float]:
+        """A support vector machine on the codes (DDH, Table 6): `svm_accuracy`, and `svm_seconds` of the fit alone.
+
+        Raises InvalidInput without one label an image or without validation images in the protocol.
+        """
+        labels = self.corpus.labels
+        if labels is None or (labels.sum(1) != 1).any() or not len(self.split.validation):
+            raise InvalidInput(
+                f"a classifier on codes needs one label for every image and a protocol with validation images, found "
+                f"{len(self.split.validation)} of these; use flowers17, or a protocol file"
+            )
+        sets = (self.split.train, self.split.validation, self.split.query)
+        train, validation, test = (Part(codes[rows], labels[rows].argmax(1)) for rows in sets)
+        found = classify(train, validation, test)
+        return {"svm_accuracy": found.accuracy, "svm_seconds": found.seconds}
 
     @cached_property
     def _exact_neighbours(self) -> NDArray[np.int64]:

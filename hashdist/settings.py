@@ -336,6 +336,7 @@ class CompareOptions:
         drop_labels: classes that count for nothing; images left without a label take no part.
         published: tables of the papers to lay beside (see hashdist/published.yaml).
         watch: measure after every so many epochs too; 0 = at the end only.
+        svm: fit a support vector machine on the codes too; the protocol must have validation images.
         part: I/N: compute only every N-th missing cell, for several processes at once.
         out: folder for the tables (Markdown, JSON) and figures; empty = none are written.
     """
@@ -348,6 +349,7 @@ class CompareOptions:
     drop_labels: list[int] = field(default_factory=list)
     published: list[str] = field(default_factory=list)
     watch: int = 0
+    svm: bool = False
     part: str = ""
     out: str = ""
 
@@ -428,7 +430,12 @@ class ReportOptions:
     Args:
         out: the HTML file to write.
         queries: rows of the sheet of retrieved pictures.
+        figures: folder for the figures as PNG and SVG; empty = NAME-figures beside NAME.html.
+        evaluations: files of further evaluations, as `hashdist evaluate --json` prints them; with this run's own they
+            make the figure of mAP over bits.
     """
 
     out: str = "report.html"
     queries: int = 8
+    figures: str = ""
+    evaluations: list[str] = field(default_factory=list)

@@ -1,8 +1,11 @@
 """compare without its cells: what is asked, what is refused, and how tables are laid out."""
 
+from pathlib import Path
+
 import pytest
 
-from hashdist.compare import _part, published, read_entries, table
+from hashdist import cli
+from hashdist.compare import _check, _part, published, read_entries, table
 from hashdist.errors import InvalidInput
 from hashdist.methods.contract import known_methods
 from hashdist.settings import CompareOptions
@@ -71,3 +74,12 @@ def test_published_tables_are_whole() -> None:
             assert all(value is None or 0 < value < 1 for value in values), (name, method)
     assert {"dsah", "ddh", "sadh", "itq", "lsh"} <= ours & {m for t in published().values() for m in t["methods"]}
     assert published()["dsah-table1-cifar10"]["methods"]["dsah"] == [0.596, 0.617, 0.622, 0.635]
+
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "benchmarks/experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_can_be_asked_for(path: Path) -> None:
+    settings, options = cli.parse("compare", ["--config", str(path), "--root", "x"])
+    _check(settings, options, read_entries(options, settings.train.mode))

@@ -1,13 +1,14 @@
 """One self-contained HTML page of a run: what was made, how it was trained, what the codes are worth, what is found.
 
-Pictures are embedded, nothing is loaded from outside. Figures are functions of plain arrays; `write_page` collects
-them from the committed snapshots.
+Pictures are embedded, nothing is loaded from outside; the figures are written as PNG and SVG into a folder beside the
+page too. Figures are functions of plain arrays (figures.py); `write_page` collects these from the committed snapshots.
 """
 
 import base64
 import html
-import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
-from hashdist import bits, pipeline, schema
+from hashdist import bits, figures, pipeline, schema
 from hashdist.collections import open_collection
 from hashdist.commands import picture_tag
+from hashdist.errors import InvalidInput
+from hashdist.gradcam import grad_cam
+from hashdist.images import BadImage
+from hashdist.model import build_head, pixels
+from hashdist.networks import open_network, spec_settings
 from hashdist.searcher import Index, open_index
 from hashdist.settings import ReportOptions, Settings
 from hashdist.snapshots import read_vectors
+from hashdist.store.commit import Artefact, read_file
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
@@ -33,34 +42,96 @@ image-rendering:pixelated;border:3px solid #bbb}figure.right img{border-color:#2
 figure.wrong img{border-color:#d1495b}figure.query img{border-color:#1d4e89}
 """
 
+_STATISTICS_ROWS = 30_000  # codes that bit statistics are taken from, drawn at random
+_TSNE_ROWS = 1000
+_EXPLAINED = 4  # queries with Grad-CAM, each with this many of its results
+_OVER_BITS = "map_all_ties"
+
 
 def write(settings: Settings, options: ReportOptions) -> dict[str, Any]:
-    """The command: evaluate what is committed and write the page."""
+    """The command: evaluate what is committed and write the page and its figures."""
+    others = [read_evaluation(path) for path in options.evaluations]
     evaluation = pipeline.run_stage(settings, "evaluate")
-    path = write_page(settings, Path(options.out), evaluation, queries=options.queries)
-    return {"report": str(path), "text": f"report: {path}"}
+    out = Path(options.out)
+    folder = Path(options.figures) if options.figures else None
+    path = write_page(settings, out, evaluation, queries=options.queries, folder=folder, others=others)
+    drawn = (folder or figures_folder(path)).absolute()
+    return {"report": str(path), "figures": str(drawn), "text": f"report: {path}\nfigures: {drawn}"}
 
 
-def write_page(settings: Settings, path: Path, evaluation: Mapping[str, Any], *, queries: int = 8) -> Path:
-    """Write the page of the run that `settings` lead to; returns its absolute path."""
-    model = pipeline.snapshot("train", settings).manifest()
+def figures_folder(page: Path) -> Path:
+    """Where the figures of a page go unless a folder is named."""
+    return page.with_name(f"{page.stem}-figures")
+
+
+def read_evaluation(path: str) -> dict[str, Any]:
+    """A result that `hashdist evaluate --json` printed. Raises InvalidInput for anything else."""
+    try:
+        found = json.loads(Path(path).read_text())
+        if "bits" in found and "by_method" in found:
+            return dict(found)
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidInput(f"{path} must be what `hashdist evaluate --json` printed: {error}") from error
+    raise InvalidInput(f"{path} must be what `hashdist evaluate --json` printed, found no `bits` and `by_method` in it")
+
+
+def write_page(
+    settings: Settings,
+    path: Path,
+    evaluation: Mapping[str, Any],
+    *,
+    queries: int = 8,
+    folder: Path | None = None,
+    others: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Write the page of the run that `settings` lead to, and its figures; returns the page's absolute path.
+
+    Args:
+        settings: of the run.
+        path: of the page.
+        evaluation: result of the stage `evaluate`.
+        queries: rows of the sheet of retrieved pictures.
+        folder: for the figures; None = beside the page.
+        others: results of further evaluations, for mAP over bits.
+    """
+    model = pipeline.snapshot("train", settings)
+    manifest = model.manifest()
     codes = read_vectors(pipeline.snapshot("encode", settings), ["id", "key", "labels", "status", "code"])
     codes = codes.filter(pa.compute.equal(codes["status"], schema.OK))
+    codes_NW = schema.from_vectors(codes["code"], codes.schema).astype(np.uint8)
     index = open_index(settings.index.location(settings.root))
-    sections = [
-        ("What was made", _table(_facts(settings, model, index))),
-        ("Retrieval", _table(_scores(evaluation), head=["metric", *_methods(evaluation)])),
-        ("Training", _plot(training_figure(model["history"], model["rounds"]))),
-        ("Codes", _plot(code_figure(schema.from_vectors(codes["code"], codes.schema)))),
-        ("Retrieved pictures", _sheet(settings, index, codes, queries)),
-    ]
-    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections)
-    title = f"hashdist: {model['method'].upper()}, {model['bits']} bits"
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    found = _search(settings, index, codes, queries)
     path = path.absolute()
+    plot = _Plots(folder or figures_folder(path))
+    sections = [
+        ("What was made", _table(_facts(settings, manifest, index))),
+        ("Retrieval", _table(_scores(evaluation), head=["metric", *_methods(evaluation)]) + _curves(plot, evaluation)),
+        ("mAP over bits", plot("map_over_bits", over_bits([evaluation, *others]))),
+        ("Training", _training(plot, manifest)),
+        ("Codes", _table(code_facts(codes_NW)) + plot("codes", _code_figure(codes_NW))),
+        ("Codes in the plane (t-SNE)", plot("tsne", tsne_figure(codes_NW, codes["labels"].to_pylist()))),
+        ("Retrieved pictures", _sheet(found)),
+    ]
+    if manifest["mode"] == "images":
+        sections.append(("What the codes rest on (Grad-CAM)", _gradcam(plot, model, found)))
+    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections)
+    title = f"hashdist: {manifest['method'].upper()}, {manifest['bits']} bits"
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{page}<h1>{title}</h1>{body}</html>")
     return path
+
+
+class _Plots:
+    """Writes figures into a folder, and gives them as images inside the page."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str, figure: Figure) -> str:
+        png, _ = figures.save(figure, self.folder, name)
+        data = base64.b64encode(png.read_bytes()).decode()
+        return f'<img class="plot" alt="{name}" src="data:image/png;base64,{data}">'
 
 
 def _facts(settings: Settings, model: Mapping[str, Any], index: Index) -> list[list[str]]:
@@ -87,65 +158,197 @@ def _scores(evaluation: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def training_figure(history: Sequence[Mapping[str, Any]], rounds: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss terms over epochs, and per round the threshold and the number of positive pairs."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    terms = [k for k, v in (history[0] if history else {}).items() if isinstance(v, float) and k.endswith("loss")]
-    for term in terms:
-        left.plot([epoch[term] for epoch in history], label=term)
-    left.set(xlabel="epoch", ylabel="loss", title="loss over epochs")
-    if terms:
-        left.legend()
-    refreshed = [entry for entry in rounds if isinstance(entry.get("m"), float)]
-    numbers = [entry["round"] + 1 for entry in refreshed]
-    right.plot(numbers, [entry["pairs"] for entry in refreshed], "o-", color="#2a9d4a")
-    right.set(xlabel="after round", ylabel="positive pairs", title="similarity refresh")
-    right.set_xticks(numbers)
-    twin = right.twinx()
-    twin.plot(numbers, [entry["m"] for entry in refreshed], "s--", color="#d1495b")
-    twin.set_ylabel("threshold m")
-    return figure
+def _curves(plot: _Plots, evaluation: Mapping[str, Any]) -> str:
+    """Precision-recall by radius and precision@N of every method; nothing where there are no labels."""
+    curves = evaluation.get("curves", {})
+    if not curves:
+        return ""
+    asked = evaluation["queries"]
+    radius = {}
+    for method, curve in curves.items():
+        # a radius at which no query finds anything has no precision
+        kept = [i for i, empty in enumerate(curve["empty"]) if empty < asked]
+        radius[method] = ([curve["recall"][i] for i in kept], [curve["precision"][i] for i in kept])
+    ranks = {
+        method: (curve["precision_at"]["n"], curve["precision_at"]["precision"]) for method, curve in curves.items()
+    }
+    return plot(
+        "precision_recall", figures.curves(radius, "recall", "precision", "precision and recall by radius")
+    ) + plot("precision_at", figures.curves(ranks, "N", "precision@N", "precision of the first N"))
 
 
-def code_figure(codes_NW: NDArray[Any]) -> Figure:
-    """Balance of each bit, and correlation between bits, of packed codes uint8 [N, W]."""
-    signs_NL = bits.signs(codes_NW.astype(np.uint8))
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.bar(range(signs_NL.shape[1]), (signs_NL > 0).mean(0), color="#1d4e89")
-    left.axhline(0.5, color="#d1495b", linewidth=1)
-    distinct = len(np.unique(codes_NW, axis=0))
-    left.set(xlabel="bit", ylabel="share of ones", ylim=(0, 1), title=f"{distinct} distinct codes of {len(codes_NW)}")
-    centred = signs_NL - signs_NL.mean(0)
-    spread = np.sqrt((centred**2).mean(0)).clip(1e-9)
-    shown = right.imshow((centred.T @ centred) / len(centred) / np.outer(spread, spread), vmin=-1, vmax=1, cmap="RdBu")
-    right.set(title="correlation of bits")
-    figure.colorbar(shown, ax=right)
-    return figure
+def over_bits(evaluations: Iterable[Mapping[str, Any]]) -> Figure:
+    """mAP of every method over code length, values of one method and length being taken as those of seeds.
+
+    Where there are no labels, the recall of the exact neighbours stands in its place.
+    """
+    rows: dict[str, dict[int, list[float]]] = {}
+    name = _OVER_BITS
+    for evaluation in evaluations:
+        for method, metrics in evaluation["by_method"].items():
+            name = _OVER_BITS if _OVER_BITS in metrics else next(iter(metrics))
+            rows.setdefault(method, {}).setdefault(int(evaluation["bits"]), []).append(float(metrics[name]))
+    return figures.map_over_bits(rows, ylabel=name)
 
 
-def _sheet(settings: Settings, index: Index, codes: pa.Table, queries: int) -> str:
-    """A row per query: the query, then what is found, right and wrong marked where there are labels."""
+def _training(plot: _Plots, manifest: Mapping[str, Any]) -> str:
+    history, rounds = manifest["history"], manifest["rounds"]
+    content = (
+        plot("training", figures.training(history, "loss terms over epochs")) if history else "<p>No training.</p>"
+    )
+    if any(isinstance(entry.get(name), int | float) for entry in rounds for name in ("pairs", "m", "f_w")):
+        content += plot("rounds", figures.rounds(rounds, "similarity at the end of each round"))
+    return content
+
+
+def _sampled(codes_NW: NDArray[np.uint8], most: int) -> NDArray[np.int64]:
+    """Rows of a seeded sample, ascending."""
+    rows = np.random.default_rng(0).permutation(len(codes_NW))[:most]
+    return np.sort(rows)
+
+
+def _sharing(codes_NW: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """For each distinct code, how many images have it."""
+    counts: NDArray[np.int64] = np.unique(codes_NW, axis=0, return_counts=True)[1]
+    return counts
+
+
+def code_facts(codes_NW: NDArray[np.uint8]) -> list[list[str]]:
+    """Balance, correlation, entropy and collisions of packed codes, as rows of a table."""
+    n, sharing = len(codes_NW), _sharing(codes_NW)
+    signs_NL = bits.signs(codes_NW[_sampled(codes_NW, _STATISTICS_ROWS)])
+    share = (signs_NL > 0).mean(0)
+    off = np.abs(figures.bit_correlation(signs_NL))[~np.eye(len(share), dtype=bool)]
+    p = sharing / n
+    pairs = float((sharing * (sharing - 1)).sum() / max(1, n * (n - 1)))
+    return [
+        ["images", f"{n}"],
+        ["distinct codes", f"{len(sharing)} ({len(sharing) / n:.2%} of the images)"],
+        ["images that share their code", f"{int(sharing[sharing > 1].sum())}, at most {sharing.max()} one code"],
+        [
+            "collisions: pairs of images with one code",
+            f"{pairs:.3g} of all pairs ({0.5 ** len(share):.3g} for random bits)",
+        ],
+        [
+            "entropy of the codes",
+            f"{float(-(p * np.log2(p)).sum()):.2f} bits (at most {np.log2(n):.2f} for so many images)",
+        ],
+        ["entropy of a bit", f"{figures.bit_entropy(share).mean():.4f} bits on average"],
+        [
+            "balance: |share of ones - 1/2|",
+            f"{np.abs(share - 0.5).mean():.4f} on average, {np.abs(share - 0.5).max():.4f} at most",
+        ],
+        ["|correlation| of two bits", f"{off.mean():.4f} on average, {off.max():.4f} at most"],
+    ]
+
+
+def _code_figure(codes_NW: NDArray[np.uint8]) -> Figure:
+    return figures.codes(bits.signs(codes_NW[_sampled(codes_NW, _STATISTICS_ROWS)]), _sharing(codes_NW))
+
+
+def tsne_figure(codes_NW: NDArray[np.uint8], labels: Sequence[Sequence[int] | None]) -> Figure:
+    """t-SNE of a seeded sample of codes, coloured by their first label; Euclidean on signs orders as Hamming does."""
+    rows = _sampled(codes_NW, _TSNE_ROWS)
+    signs_NL = bits.signs(codes_NW[rows]).astype(np.float32)
+    title = f"{len(rows)} of {len(codes_NW)} codes"
+    if len(rows) < 4:
+        return figures.scatter(np.zeros((len(rows), 2)), [None] * len(rows), f"{title}: too few")
+    chosen = TSNE(perplexity=min(30.0, (len(rows) - 1) / 3), init="random", random_state=0, n_jobs=1)
+    with threadpool_limits(1):
+        points_N2 = chosen.fit_transform(signs_NL)
+    sets = [labels[row] for row in rows]
+    return figures.scatter(points_N2, [min(s) if s else None for s in sets], title)
+
+
+# Retrieved pictures
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Queries and what is found: keys, distances, and whether right (None: not known).
+
+    Attributes:
+        keys: of the queries.
+        codes_QW: their codes.
+        results: per query (key, distance, right), itself left out.
+        pictures: encoded images by key.
+    """
+
+    keys: list[str]
+    codes_QW: NDArray[np.uint8]
+    results: list[list[tuple[str, int, bool | None]]]
+    pictures: Mapping[str, bytes]
+
+
+def _search(settings: Settings, index: Index, codes: pa.Table, queries: int) -> _Found:
     labels = dict(zip(codes["key"].to_pylist(), codes["labels"].to_pylist(), strict=True))
     keys = codes["key"].to_pylist()[:queries]
-    hits = index.search(index.codes_of(keys), k=11)
-    found = [[(k, int(d)) for k, d in zip(row, distances, strict=True) if k != key][:10]
-             for key, row, distances in zip(keys, hits.keys(), hits.distances, strict=True)]  # fmt: skip
-    wanted = {*keys, *(k for row in found for k, _ in row)}
+    codes_QW = index.codes_of(keys)
+    hits = index.search(codes_QW, k=11)
+    results = [
+        [(k, int(d), _right(labels[key], labels.get(k))) for k, d in zip(row, distances, strict=True) if k != key][:10]
+        for key, row, distances in zip(keys, hits.keys(), hits.distances, strict=True)
+    ]
+    wanted = {*keys, *(k for row in results for k, _, _ in row)}
     pictures = open_collection(pipeline.snapshot("collection", settings).uri).fetch(sorted(wanted))
+    return _Found(keys, codes_QW, results, pictures)
+
+
+def _right(query: list[int] | None, found: list[int] | None) -> bool | None:
+    if not query or not found:
+        return None
+    return bool(set(query) & set(found))
+
+
+def _sheet(found: _Found) -> str:
+    """A row per query: the query, then what is found, right and wrong marked where there are labels."""
+    kinds = {True: "right", False: "wrong", None: ""}
     rows = []
-    for key, row in zip(keys, found, strict=True):
-        figures = [_figure(pictures.get(key), "query", "query")]
-        figures += [_figure(pictures.get(k), f"{d} bits", _verdict(labels[key], labels.get(k))) for k, d in row]
-        rows.append(f'<div class="row">{"".join(figures)}</div>')
+    for key, row in zip(found.keys, found.results, strict=True):
+        cells = [_figure(found.pictures.get(key), "query", "query")]
+        cells += [_figure(found.pictures.get(k), f"{d} bits", kinds[right]) for k, d, right in row]
+        rows.append(f'<div class="row">{"".join(cells)}</div>')
     return "".join(rows)
 
 
-def _verdict(query: list[int] | None, found: list[int] | None) -> str:
-    if not query or not found:
-        return ""
-    return "right" if set(query) & set(found) else "wrong"
+def _gradcam(plot: _Plots, model: Artefact, found: _Found) -> str:
+    try:
+        return plot("gradcam", _explained(model, found))
+    except InvalidInput as error:  # a network without maps
+        return f"<p>{html.escape(str(error))}</p>"
+
+
+def _explained(model: Artefact, found: _Found) -> Figure:
+    """Grad-CAM of an end-to-end model: what a query's code rests on, and what in its results speaks for that code."""
+    manifest = model.manifest()
+    state = read_file(model.store, manifest["backbone_weights"])
+    network = open_network(spec_settings(manifest["backbone"]), state).eval()
+    head = build_head(manifest, read_file(model.store, manifest["head"]), model.uri).eval()
+    rows = []
+    for key, code_W, results in zip(found.keys, found.codes_QW, found.results, strict=True):
+        captions = [(key, "query", None), *((k, f"{d} bits", right) for k, d, right in results[:_EXPLAINED])]
+        readable = [(_prepared(network.preprocess, found.pictures.get(k)), text, right) for k, text, right in captions]
+        shown = [(image, text, right) for image, text, right in readable if image is not None]
+        if not shown or readable[0][0] is None:
+            continue
+        heat = grad_cam(network, head, np.stack([image for image, _, _ in shown]), bits.signs(code_W[None])[0])
+        row = [figures.Picture(shown[0][0], "query")]
+        row += [
+            figures.Picture(figures.overlay(image, warm), text, right)
+            for (image, text, right), warm in zip(shown, heat, strict=True)
+        ]
+        rows.append(row)
+        if len(rows) == _EXPLAINED:
+            break
+    return figures.pictures(rows, "places that speak for the query's code")
+
+
+def _prepared(preprocess: Any, data: bytes | None) -> NDArray[np.uint8] | None:
+    """What the network sees of a picture; None where it cannot be read."""
+    try:
+        return None if data is None else preprocess(pixels(data))
+    except BadImage:
+        return None
 
 
 def _figure(data: bytes | None, caption: str, kind: str) -> str:
@@ -160,9 +363,3 @@ def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
 def _cells(row: Sequence[str]) -> str:
     first, *rest = row
     return f"<tr><td>{html.escape(first)}</td>{''.join(f'<td>{html.escape(cell)}</td>' for cell in rest)}</tr>"
-
-
-def _plot(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return f'<img class="plot" alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

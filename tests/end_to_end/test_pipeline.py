@@ -99,10 +99,19 @@ def test_images_to_answers_on_s3(
     assert sheet.read_text().count("data:image/png;base64") == 5
 
     page = tmp_path / "report.html"
-    code, _ = run(capsys, "report", "--config", config, "--out", str(page), "--queries", "2")
-    assert code == 0
+    other = tmp_path / "longer.json"
+    other.write_text(json.dumps({"bits": 32, "by_method": stages["evaluate"]["by_method"]}))
+    words = ["--out", str(page), "--queries", "2", "--evaluations", json.dumps([str(other)])]
+    code, made = run(capsys, "report", "--config", config, *words)
+    assert code == 0, made
     assert page.read_text().count("<figure") == 2 * 11
     assert "http" not in page.read_text()
+    drawn = {"precision_recall", "precision_at", "map_over_bits", "training", "rounds", "codes", "tsne"}
+    assert {path.name for path in Path(made["figures"]).iterdir()} == {
+        f"{n}.{k}" for n in drawn for k in ("png", "svg")
+    }
+    assert Path(made["figures"]) == tmp_path / "report-figures"
+    assert page.read_text().count('<img class="plot"') == len(drawn)
 
     (images / "1" / "0001.png").unlink()
     Image.fromarray(np.full((8, 8), 200, np.uint8)).save(images / "2" / "0002.png")

@@ -346,3 +346,76 @@ class TestDSDH:
 
 def code_cost(code: Tensor, w: Tensor, label: Tensor, h: Tensor, ratio: float) -> float:
     return float(((label - code @ w) ** 2).sum() + ratio * ((code - h) ** 2).sum())
+
+
+class TestDHN:
+    def test_loss_is_the_double_loop(self) -> None:
+        own, rows, z = method("dhn", lambda_=0.7), rows_of(), torch.tanh(gaussian(9, L))
+        total = 0.0
+        for i in range(9):
+            for j in range(9):
+                theta = 0.5 * float(z[i] @ z[j])
+                total += (np.log1p(np.exp(theta)) - same_class(rows[i], rows[j]) * theta) / 81
+        total += 0.7 * float(torch.log(torch.cosh(z.abs() - 1)).mean())
+        assert float(own.loss({"z": z}, batch_of(rows)).backward) == pytest.approx(total, rel=1e-12)
+
+
+class TestDTSH:
+    def test_loss_is_the_triple_loop(self) -> None:
+        own, rows, u = method("dtsh", alpha=1.5, lambda_=0.2), rows_of(), gaussian(9, L)
+        losses = []
+        for q in range(9):
+            for p in range(9):
+                for n in range(9):
+                    if p != q and same_class(rows[q], rows[p]) and not same_class(rows[q], rows[n]):
+                        margin = 0.5 * float(u[q] @ u[p]) - 0.5 * float(u[q] @ u[n]) - 1.5
+                        losses.append(-np.log(1 / (1 + np.exp(-margin))))
+        expected = np.mean(losses) + 0.2 * float(((u - torch.where(u >= 0, 1.0, -1.0)) ** 2).mean())
+        assert len(losses) > 20
+        assert float(own.loss({"z": u}, batch_of(rows)).backward) == pytest.approx(expected, rel=1e-12)
+
+    def test_a_batch_without_triplets_has_a_finite_gradient(self) -> None:
+        own = method("dtsh")
+        labels = tiny_data().labels
+        assert labels is not None
+        rows, u = np.flatnonzero(labels[:, 0])[:6], gaussian(6, L).requires_grad_()
+        found = own.loss({"z": u}, batch_of(rows))
+        found.backward.backward()
+        assert float(found.terms["triplet"]) == 0
+        assert u.grad is not None
+        assert bool(torch.isfinite(u.grad).all())
+
+
+class TestDBDH:
+    def test_loss_is_the_double_loop_over_outputs_cut_off(self) -> None:
+        own, rows, z = method("dbdh", alpha=0.4), rows_of(), gaussian(9, L, scale=1.5)
+        own.bank.u_nL.copy_(gaussian(230, L, seed=1).clamp(-1, 1))
+        found = own.loss({"z": z}, batch_of(rows))
+        u, total = z.clamp(-1, 1), 0.0
+        for i in range(9):
+            for j in range(230):
+                theta = 0.5 * float(u[i] @ own.bank.u_nL[j])
+                total += (np.log1p(np.exp(theta)) - same_class(rows[i], j) * theta) / (9 * 230)
+            total += 0.4 * float(u[i].mean()) ** 2 / 9
+        assert torch.equal(own.bank.u_nL[torch.from_numpy(rows)], u)
+        assert float(found.backward) == pytest.approx(total, rel=1e-12)
+
+    def test_no_gradient_beyond_the_cut_off(self) -> None:
+        own, z = method("dbdh"), gaussian(9, L, scale=2.0).requires_grad_()
+        own.bank.u_nL.copy_(gaussian(230, L, seed=1).clamp(-1, 1))
+        own.loss({"z": z}, batch_of(rows_of())).backward.backward()
+        assert z.grad is not None
+        assert torch.equal(z.grad == 0, z.detach().abs() > 1)
+
+
+class TestDSH:
+    def test_loss_is_the_double_loop(self) -> None:
+        own, rows, b = method("dsh", alpha=0.3), rows_of(), gaussian(9, L)
+        m, total = 2 * L, 0.0
+        for i in range(9):
+            for j in range(9):
+                if i != j:
+                    d, y = float(((b[i] - b[j]) ** 2).sum()), 1 - same_class(rows[i], rows[j])
+                    total += (1 - y) / 2 * d + y / 2 * max(m - d, 0)
+                    total += 0.3 * float((b[i].abs() - 1).abs().sum() + (b[j].abs() - 1).abs().sum())
+        assert float(own.loss({"z": b}, batch_of(rows)).backward) == pytest.approx(total / 72, rel=1e-12)

@@ -96,7 +96,7 @@ PRESETS = {
     "release": Settings(batch=50, lr=1e-2, weight_decay=5e-4, decay_on="all"),
     # a head alone on frozen features (H40); chosen without labels: of the values tried, those with the lowest loss,
     # on average over 16, 32 and 64 bits, on as many images that were not trained on, with their own graph
-    "frozen": Settings(epochs=30, optimizer="adam", lr=1e-3, weight_decay=1e-3),
+    "frozen": Settings(epochs=60, optimizer="adam", lr=1e-3, weight_decay=1e-3),
 }
 
 

@@ -21,9 +21,9 @@ nor trained on. A protocol is taken by name, or from a file: `file:PATH` or `fil
 | uniform | 1000 | all but queries | all but queries |
 
 cifar-ddh-paper takes the parts that keys name (`test/...`); flowers17 takes them where there are any, else it draws.
-nus-21 fills places as the released code of SADH's lineage does (methods.md 3.7): an image takes a training place, else
-a query place, of the first of its labels that has one left. The release of DDH states 10000 training images in all, its
-sibling BGAN 1000 queries; a class's share is inferred.
+nus-21 fills places as the released code of SADH's lineage does: an image takes a training place, else a query place, of
+the first of its labels that has one left. The release of DDH states 10000 training images in all, its sibling BGAN 1000
+queries; a class's share is inferred.
 """
 
 import hashlib

@@ -9,7 +9,7 @@ to the pairs that the last one got wrong, in what the last ones left of the feat
 | X | `left_ND` | [n, D] | centred features, less what the directions so far explain |
 | X_l | `sample_SD` | [S, D] | S = 1000 labelled ones of them; not deflated, as in the paper |
 | S^k | `pairs_SS` | [S, S] | at first +1: a label is shared, -1: none is |
-| M^k | `matrix_DD` | [D, D] | X_l^T S^k X_l + eta X^T X, its leading eigenvector is w_k |
+| M^k | in `leading` | [D, D] | X_l^T S^k X_l + eta X^T X, its leading eigenvector is w_k |
 | S~^k | `guess_SS` | [S, S] | X_l w w^T X_l^T |
 | T | `wrong` | [S, S] | S~ where its sign is not that of S^k, 0 elsewhere |
 | alpha, eta | `STEP`, `ETA` | | S^(k+1) = S^k - alpha T |
@@ -21,7 +21,7 @@ figures were not compared; the sequence is checked against a plain loop.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import LinearOperator, eigsh
 
 from hashdist.anchors import check_images
 from hashdist.bits import check_bits
@@ -57,8 +57,7 @@ def sequence(scatter_DD: Matrix, sample_SD: Matrix, pairs_SS: Matrix, bits: int)
     share = ETA * float((sample_SD**2).sum()) / max(float(np.trace(scatter_DD)), 1e-30)
     columns: list[Matrix] = []
     for _ in range(bits):
-        matrix_DD = sample_SD.T @ pairs_SS @ sample_SD / len(sample_SD) + share * scatter_DD
-        w_D = leading(matrix_DD)
+        w_D = leading(sample_SD, pairs_SS, share * scatter_DD)
         columns.append(w_D)
         score_S = sample_SD @ w_D
         guess_SS = np.outer(score_S, score_S)
@@ -68,9 +67,18 @@ def sequence(scatter_DD: Matrix, sample_SD: Matrix, pairs_SS: Matrix, bits: int)
     return np.stack(columns, axis=1)
 
 
-def leading(matrix_DD: Matrix) -> Matrix:
-    """The unit eigenvector of the largest eigenvalue, by Lanczos from a fixed start."""
-    _, vectors = eigsh(matrix_DD, k=1, which="LA", v0=np.ones(len(matrix_DD)))
+def leading(sample_SD: Matrix, pairs_SS: Matrix, variance_DD: Matrix) -> Matrix:
+    """The leading unit eigenvector of X_l^T S X_l / S + variance, by Lanczos from a fixed start.
+
+    The matrix itself would take longer to write down than its eigenvector takes to find.
+    """
+    width = len(variance_DD)
+
+    def product(v_D: Matrix) -> Matrix:
+        return sample_SD.T @ (pairs_SS @ (sample_SD @ v_D)) / len(sample_SD) + variance_DD @ v_D
+
+    matrix = LinearOperator((width, width), matvec=product, dtype=np.float64)
+    _, vectors = eigsh(matrix, k=1, which="LA", v0=np.ones(width))
     return np.asarray(vectors[:, 0], np.float64)
 
 

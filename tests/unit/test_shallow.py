@@ -1,17 +1,19 @@
 """Shallow methods without labels, each against what its paper says it is."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import faiss
 import numpy as np
 import pytest
-from scipy.optimize import minimize_scalar
+import torch
+from scipy.optimize import check_grad, minimize_scalar
 from scipy.spatial.distance import cdist
+from scipy.stats import norm
 from sklearn.decomposition import PCA
 
 from hashdist.anchors import k_means, sampled, squared_distances
 from hashdist.errors import InvalidInput
-from hashdist.methods import agh, isoh, itq, pcah, sh, sp, sphh
+from hashdist.methods import agh, isoh, itq, kmh, pcah, sgh, sh, sp, sphh
 from hashdist.projection import signs
 
 
@@ -248,7 +250,116 @@ class TestSp:
             assert objective(b, other, sparse) >= objective(b, found, sparse) - 1e-9
 
 
-@pytest.mark.parametrize("method", [isoh, sp])
+class TestKmh:
+    def test_bits_are_the_number_of_the_nearest_codeword_in_each_subspace(self) -> None:
+        features = cloud()
+        encoder = kmh.fit(features, 8, 0)
+        parts = np.split(encoder.projection(features), 2, axis=1)
+        numbers = [cdist(part, words).argmin(1) for part, words in zip(parts, encoder.codewords, strict=True)]
+        wanted = [[int(b) for number in row for b in f"{number:04b}"[::-1]] for row in zip(*numbers, strict=True)]
+        np.testing.assert_array_equal(encoder(features) >= 0, wanted)
+
+    def test_energy_by_double_loops_and_its_gradient(self) -> None:
+        rng = np.random.default_rng(0)
+        codewords, means = rng.standard_normal((2, 16, 5))
+        share = rng.dirichlet(np.ones(16))
+        wanted = sum(share[i] * ((codewords[i] - means[i]) ** 2).sum() for i in range(16))
+        for i, j in product(range(16), range(16)):
+            d_h = 0.7 * bin(i ^ j).count("1") ** 0.5
+            wanted += kmh.AFFINITY * share[i] * share[j] * (np.linalg.norm(codewords[i] - codewords[j]) - d_h) ** 2
+        assert kmh.energy(codewords, means, share, 0.7)[0] == pytest.approx(wanted)
+        error = check_grad(
+            lambda flat: kmh.energy(flat.reshape(16, 5), means, share, 0.7)[0],
+            lambda flat: kmh.energy(flat.reshape(16, 5), means, share, 0.7)[1],
+            codewords.ravel(),
+        )
+        assert error < 1e-5
+
+    def test_turns_never_raise_the_objective(self) -> None:
+        part = cloud(width=6)
+        codewords = np.random.default_rng(0).standard_normal((16, 6)) + 3
+        values = []
+        for _ in range(6):
+            number = kmh.nearest(part, codewords)
+            means, share = kmh.centres(part, number, codewords)
+            within = (((part - means[number]) ** 2).sum(1)).mean()
+            values.append(within + kmh.energy(codewords, means, share, 2.0)[0])
+            codewords = kmh.moved(codewords, means, share, 2.0)
+            values.append(within + kmh.energy(codewords, means, share, 2.0)[0])
+        assert all(b <= a + 1e-6 for a, b in pairwise(values))
+        assert values[-1] < 0.9 * values[0]
+
+    def test_without_affinity_it_is_k_means(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kmh, "AFFINITY", 0.0)
+        monkeypatch.setattr(kmh, "STEPS", 200)
+        monkeypatch.setattr(kmh, "TURNS", 100)
+        part = (cloud(width=6) - 3).astype(np.float32)
+        words = kmh.cells(part)
+        number = kmh.nearest(part, words)
+        used = np.unique(number)
+        np.testing.assert_allclose(words[used], [part[number == i].mean(0) for i in used], atol=1e-2)
+
+    def test_subspaces_get_equally_many_directions_of_like_product(self) -> None:
+        variances = np.sort(np.random.default_rng(0).exponential(size=32) ** 2)[::-1].copy()
+        parts = kmh.allocation(variances, 4)
+        assert sorted(np.concatenate(parts)) == list(range(32))
+        assert {len(part) for part in parts} == {8}
+        logs = [np.log(variances[part]).sum() for part in parts]
+        halves = [np.log(variances[8 * i : 8 * i + 8]).sum() for i in range(4)]
+        assert np.ptp(logs) < 0.3 * np.ptp(halves)
+
+
+class TestSgh:
+    def test_free_energy_is_the_expectation_over_all_codes(self) -> None:
+        """sum over h of q(h) (log q(h) - log p(x, h)), with all densities from scipy."""
+        rng = np.random.default_rng(0)
+        bits, width, rho = 3, 4, 0.8
+        x, z, u, prior = rng.standard_normal(width), rng.standard_normal(bits), rng.standard_normal((bits, width)), 0.3
+        q, theta = 1 / (1 + np.exp(-z)), 1 / (1 + np.exp(-prior))
+        wanted = found = 0.0
+        for h in product([0.0, 1.0], repeat=bits):
+            code = np.array(h)
+            weight = np.prod(np.where(code == 1, q, 1 - q))
+            log_p = norm.logpdf(x, code @ u, rho).sum() + np.log(np.where(code == 1, theta, 1 - theta)).sum()
+            wanted += weight * (np.log(weight) - log_p)
+            tensors = [torch.tensor(a) for a in (x[None], code[None], z[None], u, np.full(bits, prior))]
+            found += weight * float(sgh.helmholtz(*tensors, torch.tensor(2 * np.log(rho))))
+        assert found + width / 2 * np.log(2 * np.pi) == pytest.approx(wanted)
+
+    def test_neuron_fires_with_its_probability_and_its_gradient_is_exact_where_the_loss_is_linear(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        z = torch.tensor([[-1.0, 0.0, 2.0]], dtype=torch.float64, requires_grad=True)
+        slope = torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64)
+        xi = torch.rand((100_000, 3), generator=generator, dtype=torch.float64)
+        h = sgh.Neuron.apply(z.expand(100_000, 3), xi)
+        assert set(h.unique().tolist()) == {0.0, 1.0}
+        torch.testing.assert_close(h.mean(0), torch.sigmoid(z[0]).detach(), atol=0.01, rtol=0)
+        (h @ slope).mean().backward()
+        p = torch.sigmoid(z.detach())
+        torch.testing.assert_close(z.grad, slope * p * (1 - p))  # d/dz of slope . sigmoid(z)
+
+    def test_training_lowers_the_free_energy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x = torch.from_numpy(cloud() - 3)
+        start = torch.linalg.svd(x, full_matrices=False)[2][:8].T
+
+        def rest(w: torch.Tensor) -> float:
+            """Squared error of the best linear decoder of the codes."""
+            h = torch.cat([(x @ w >= 0).float(), torch.ones(len(x), 1)], 1)
+            return float(((x - h @ torch.linalg.lstsq(h, x).solution) ** 2).mean())
+
+        assert rest(sgh.train(x, start, torch.Generator().manual_seed(0))) < 0.97 * rest(start)
+
+
+@pytest.mark.parametrize("method", [agh, isoh, sgh, sp, sphh])
+def test_same_seed_same_codes_and_other_seeds_others(method) -> None:
+    features = cloud(dtype=np.float16)
+    z = [method.fit(features, 16, seed)(features) for seed in (0, 0, 1)]
+    assert z[0].dtype == np.float32
+    np.testing.assert_array_equal(z[0], z[1])
+    assert ((z[0] >= 0) != (z[2] >= 0)).any()
+
+
+@pytest.mark.parametrize("method", [isoh, kmh, sgh, sp])
 def test_no_more_bits_than_principal_directions(method) -> None:
     with pytest.raises(InvalidInput, match="= 24 bits, found 32; use LSH"):
         method.fit(cloud(), 32, 0)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 COLOURS = ("#1d4e89", "#d1495b", "#2a9d4a", "#e9a23b", "#7b4ea3", "#3aa6b9", "#8c6d46", "#d36ba6", "#6b7280", "#9aae2c")
@@ -71,6 +72,7 @@ def training(history: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     for i, (axes, term) in enumerate(zip(panels, terms, strict=True)):
         axes.plot(range(1, len(history) + 1), [epoch.get(term) for epoch in history], color=COLOURS[i % len(COLOURS)])
         axes.set(title=term, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

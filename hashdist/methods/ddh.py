@@ -42,6 +42,7 @@ from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Graph, Loss, Outputs, Place
 from hashdist.order import blocks
 from hashdist.pairs import all_rows, signs, sum_over_ranks, with_own_rows
+from hashdist.progress import say
 from hashdist.similarity import ImplicitW
 from hashdist.standardize import Standardize
 
@@ -51,6 +52,7 @@ USES: Literal["graph", "labels", "features"] = "graph"
 GRAPH: contract.GraphRule = "union"
 
 _ROWS = 8192  # of U that are summed at once
+_FEW = 20  # positive pairs a batch
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,16 @@ class GraphSimilarity:
     def block(self, rows_B: NDArray[np.int64]) -> Tensor:
         """Looked up in the rows of the graph."""
         return self._s.block(rows_B)
+
+    def warn_of_starvation(self, batch: int) -> None:
+        """Say so where the pairs of a uniform batch hold hardly any positive one."""
+        n = self._s.n
+        expected = batch * (batch - 1) * self._s.edges / n / max(1, n - 1)
+        if expected < _FEW:
+            say(
+                f"warning: a global batch of {batch} of {n} images holds {expected:.1f} positive pairs on average, "
+                f"fewer than {_FEW}; set the option pairs to bank, which compares with all images at the same cost"
+            )
 
     def recompute(self, u_nL: Tensor) -> None:
         """Nothing is kept."""
@@ -355,6 +367,8 @@ class Method(contract.Method):
         if self.settings.pairs == "bank":
             self.bank = Bank(encode().to(self.place.device, self.place.dtype))
             self.similarity.recompute(self.bank.u_nL)
+        elif self.place.comm.rank == 0 and isinstance(self.similarity, GraphSimilarity):
+            self.similarity.warn_of_starvation(self.settings.batch)
 
     def start_epoch(self, epoch: int, encode: Encode) -> None:  # noqa: ARG002
         """Sums over the bank anew, so that roundings of corrections do not add up."""

@@ -277,6 +277,13 @@ def test_without_a_graph_or_labels_it_says_what_to_do() -> None:
     ddh.Method(replace(PAPER, similarity="labels"), place(replace(data, graph=None)))
 
 
+def test_batches_with_hardly_any_positive_pair_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    for chosen in (replace(PAPER, pairs="batch", batch=5), replace(PAPER, pairs="batch", batch=40), PAPER):
+        prepared(chosen, normal(N, BITS))
+        said = capsys.readouterr().err
+        assert ("positive pairs on average, fewer than 20; set the option pairs to bank" in said) == (chosen.batch == 5)
+
+
 def test_float32_training_loss_stays_close_to_float64() -> None:
     """The terms of the closed form cancel; in float32 the loss must still be good to six digits."""
     u, rows = normal(N, BITS), np.arange(13)

@@ -1,4 +1,4 @@
-"""What losses over pairs of supervised hashing share: which pairs are similar, their likelihood, log cosh.
+"""What losses over pairs share: which pairs are similar, their likelihood, log cosh, and how codes harden.
 
 The pair likelihood is that of DPSH (Li et al., IJCAI 2016, Eqs 1-2), which DHN, DSDH, DBDH and, weighted, HashNet take
 up: p(s = 1 | theta) = 1 / (1 + e^-theta), so that -log p(s | theta) = log(1 + e^theta) - s theta.
@@ -43,3 +43,9 @@ def negative_log_likelihood(theta_bN: Tensor, s_bN: Tensor) -> Tensor:
 def log_cosh(x: Tensor) -> Tensor:
     """log cosh x without overflow, the smooth |x| of DHN (Zhu et al., AAAI 2016, Eq 6)."""
     return x.abs() + softplus(-2 * x.abs()) - math.log(2)
+
+
+def hardness(step: int, steps: int, stages: int, last: float) -> float:
+    """beta of tanh(beta z): last^(t / (stages - 1)) in stage t, stages of equal length (HashNet, Algorithm 1)."""
+    stage = min(step * stages // steps, stages - 1)
+    return float(last ** (stage / max(1, stages - 1)))

@@ -10,7 +10,7 @@ ICCV 2017. Supervised; a pair likelihood that weighs rare similar pairs up, and 
 | c_ij | 1, or shared / all classes of a similar pair | [B, B] | below Eq 2 |
 | p(s = 1) = sigmoid(alpha <h_i, h_j>) | `alpha` / L times inner products | [B, B] | Eq 3 |
 | sum w (log(1 + e^(alpha <h, h>)) - alpha s <h, h>) | `loss` | number | Eq 4 |
-| beta_0 = 1 < ... < beta_m | `beta` | number | Algorithm 1 |
+| beta_0 = 1 < ... < beta_m | `likelihood.hardness` | number | Algorithm 1 |
 
 Pairs are those of the batch, as in Eq 4 and the released code, the diagonal among them; the loss is a weighted mean.
 norm(S), norm(S_1) and norm(S_0) are counted over all pairs of training images, as Eq 2 says (the released code counts a
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hashdist import heads
 from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.likelihood import indicator, negative_log_likelihood, similar
+from hashdist.likelihood import hardness, indicator, negative_log_likelihood, similar
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
 from hashdist.pairs import with_own_rows
@@ -68,12 +68,6 @@ PRESETS = {
 network = heads.linear
 
 
-def beta(settings: Settings, step: int, steps: int) -> float:
-    """Algorithm 1: beta_last^(t / (stages - 1)) in stage t."""
-    stage = min(step * settings.stages // steps, settings.stages - 1)
-    return float(settings.beta_last ** (stage / max(1, settings.stages - 1)))
-
-
 def similar_share(labels_NC: NDArray[np.bool_]) -> float:
     """norm(S_1) / norm(S) over all ordered pairs; images of one label set are counted together."""
     sets_GC, counts_G = np.unique(labels_NC, axis=0, return_counts=True)
@@ -104,9 +98,10 @@ class Method(HeadTraining, contract.Method):
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         """Eq 4, a mean over the batch's pairs."""
         z_BL = with_own_rows(outputs["z"], batch.sizes, self.place.comm)
-        g_BL = torch.tanh(beta(self.settings, batch.step, self.steps) * z_BL)
+        chosen = self.settings
+        g_BL = torch.tanh(hardness(batch.step, self.steps, chosen.stages, chosen.beta_last) * z_BL)
         labels_BC = self.labels_nC[torch.from_numpy(batch.rows_B)]
-        theta_BB = self.settings.alpha / self.place.bits * g_BL @ g_BL.T
+        theta_BB = chosen.alpha / self.place.bits * g_BL @ g_BL.T
         pairs_BB = negative_log_likelihood(theta_BB, similar(labels_BC, labels_BC))
         backward = (pair_weights(labels_BC, self.share) * pairs_BB).mean()
         return Loss(backward, {"loss": backward.detach()})

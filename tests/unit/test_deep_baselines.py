@@ -15,7 +15,7 @@ from training_world import deep, tiny_data
 from hashdist import centres, likelihood, straight_through
 from hashdist.communicator import SingleProcess
 from hashdist.errors import InvalidInput
-from hashdist.methods import dsdh, hashnet, ssdh
+from hashdist.methods import dsdh, hashnet, mls3rduh, ssdh
 from hashdist.methods.contract import Batch, Place, method_settings
 
 N, L = 23, 16
@@ -109,13 +109,13 @@ class TestDPSH:
 class TestHashNet:
     def test_weights_and_loss_are_the_double_loop(self) -> None:
         """Eqs 2-4 with norm(S_1), norm(S_0) counted over all pairs of the training images."""
-        own, rows, z = method("hashnet", alpha=7.0), rows_of(), gaussian(9, L)
+        own, rows, z = method("hashnet", alpha=7.0, batch=50), rows_of(), gaussian(9, L)
         labels = tiny_data().labels
         assert labels is not None
         s1 = sum(bool((a & b).any()) for a in labels for b in labels)
         steps, total = own.steps, 0.0
         step = steps // 2
-        g = np.tanh(hashnet.beta(own.settings, step, steps) * z.numpy())
+        g = np.tanh(10 ** (5 / 9) * z.numpy())  # stage 5 of 0 to 9
         for i in range(9):
             for j in range(9):
                 s, theta = same_class(rows[i], rows[j]), 7.0 / L * float(g[i] @ g[j])
@@ -136,11 +136,10 @@ class TestHashNet:
                 assert float(found[i, j]) == pytest.approx(both / either / share if both else 1 / (1 - share))
 
     def test_beta_rises_from_one_to_its_last_in_equal_ratios(self) -> None:
-        settings = hashnet.Settings(beta_last=8.0, stages=4)
-        found = [hashnet.beta(settings, step, 100) for step in range(100)]
+        found = [likelihood.hardness(step, 100, 4, 8.0) for step in range(100)]
         assert sorted(found) == found
         assert np.unique(np.round(found, 12)).tolist() == [1.0, 2.0, 4.0, 8.0]
-        assert hashnet.beta(settings, 10**6, 100) == pytest.approx(8.0)
+        assert likelihood.hardness(10**6, 100, 4, 8.0) == pytest.approx(8.0)
 
 
 class TestCSQ:
@@ -419,3 +418,63 @@ class TestDSH:
                     total += (1 - y) / 2 * d + y / 2 * max(m - d, 0)
                     total += 0.3 * float((b[i].abs() - 1).abs().sum() + (b[j].abs() - 1).abs().sum())
         assert float(own.loss({"z": b}, batch_of(rows)).backward) == pytest.approx(total / 72, rel=1e-12)
+
+
+class TestMLS3RDUH:
+    def test_diffusion_sums_the_walks(self) -> None:
+        """(1 - a) sum_t (a S)^t, the series of which the inverse is the limit."""
+        x = torch.nn.functional.normalize(gaussian(40, 6).abs(), dim=1)
+        cosine = (x @ x.T).fill_diagonal_(0)
+        near = mls3rduh.nearest(cosine, 6)
+        w = cosine * (near & near.T)
+        scale = torch.diag(w.sum(1).clamp_min(1e-300) ** -0.5)
+        walk, term, total = scale @ w @ scale, torch.eye(40, dtype=torch.float64), torch.zeros(40, 40).double()
+        assert bool((w.sum(1) > 0).all())
+        for _ in range(4000):
+            total += (1 - 0.99) * term
+            term = 0.99 * walk @ term
+        assert torch.allclose(mls3rduh.diffusion(cosine, near, 0.99), total, atol=1e-10)
+
+    def test_similarity_is_the_rule_pair_by_pair(self) -> None:
+        x = np.random.default_rng(0).gamma(0.5, size=(60, 8)).astype(np.float32)
+        settings = mls3rduh.Settings(share=0.1)
+        found = mls3rduh.reconstruct(x, settings)
+        unit = x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True)
+        cosine = unit @ unit.T
+        off = cosine - np.diag(np.diag(cosine))
+        near = [set(np.argsort(-row)[:6].tolist()) for row in off]
+        mutual = np.array([[j in near[i] and i in near[j] for j in range(60)] for i in range(60)])
+        degree = (off * mutual).sum(1)
+        scale = np.where(degree > 0, degree, 1) ** -0.5
+        manifold = np.linalg.inv(np.eye(60) - 0.99 * scale[:, None] * (off * mutual) * scale)
+        alive = degree > 0
+        manifold[:, ~alive] = 0
+        close = [set(np.argsort(-row)[:9].tolist()) for row in manifold]
+        seen = set()
+        for i in range(60):
+            for j in range(60):
+                kinds = set()
+                for a, b in ((i, j), (j, i)):
+                    if b in near[a] and alive[a] and alive[b]:
+                        kinds.add(1 if b in close[a] else 0)
+                expected = 1.0 if 1 in kinds else 0.0 if 0 in kinds else float(cosine[i, j])
+                seen |= kinds
+                assert float(found[i, j]) == pytest.approx(2 * expected - 1, abs=1e-5)
+        assert seen == {0, 1}
+
+    def test_too_many_images_are_refused(self) -> None:
+        many = replace(tiny_data(), ids=np.arange(20_000))
+        with pytest.raises(InvalidInput, match="at most 12000"):
+            mls3rduh.Method(mls3rduh.Settings(), Place(L, True, many, SingleProcess()))
+
+
+def test_bgan_pair_term_is_the_double_loop() -> None:
+    own, rows, z = method("bgan_pair", beta_last=1.0), rows_of(), gaussian(9, L)
+    graph, b = tiny_data().graph, torch.tanh(z)
+    assert graph is not None
+    total = 0.0
+    for i, row in enumerate(rows):
+        positive = set(graph.indices[graph.indptr[row] : graph.indptr[row + 1]].tolist()) | {int(row)}
+        for j, column in enumerate(rows):
+            total += 0.5 * (float(b[i] @ b[j]) / L - (1 if int(column) in positive else -1)) ** 2
+    assert float(own.loss({"z": z}, batch_of(rows)).backward) == pytest.approx(total / 81, rel=1e-12)

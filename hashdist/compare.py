@@ -52,14 +52,15 @@ def run(settings: Settings, options: CompareOptions) -> dict[str, Any]:
     cells = list(_cells(settings, options, entries, corpus))
     store = open_store(settings.root).child("compare")
     share, of = _part(options.part)
-    missing = [cell for cell in cells if not store.exists(cell.record)]
+    missing = list({cell.record: cell for cell in cells if not store.exists(cell.record)}.values())
     say(f"compare: {len(cells)} cells, {len(missing)} to compute" + (f", part {options.part}" if options.part else ""))
     lab = _Lab(settings, options, corpus)
     for number, cell in enumerate(missing[share::of]):
         row = lab.compute(cell)
         create_record(store, cell.record, row)
         say(f"compare: {number + 1}/{len(missing[share::of])} {_line(settings, row)}")
-    rows = [read_record(store, cell.record) for cell in cells if store.exists(cell.record)]
+    done = [cell for cell in cells if store.exists(cell.record)]
+    rows = [{**read_record(store, cell.record), "name": cell.entry.name} for cell in done]
     return _written(settings, options, rows, len(cells))
 
 

@@ -173,3 +173,51 @@ def test_a_graph_of_other_features_is_refused(
     code, result = run(capsys, "train", "--config", config, *words)
     assert code == 2
     assert "graph" in result["error"]["message"]
+
+
+def test_a_comparison_computes_each_cell_once_in_process_and_on_ray_train(
+    config: str, stages: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pinned = f"--collection.snapshot={stages['collection']['snapshot']}"
+    out = tmp_path / "results"
+    words = ["compare", "--config", config, pinned, "--bits", "[16]", "--evaluate.cut", "100", "--out", str(out)]
+    code, first = run(capsys, *words, "--methods", "[itq,sdh]", "--seeds", "2", "--published", "[dsah-table1-cifar10]")
+    assert code == 0, first
+    assert (first["cells"], first["done"]) == (4, 4)
+    scores = {row["name"]: row["metrics"]["map_all_ties"] for row in first["rows"]}
+    assert scores["sdh"] > scores["itq"]
+    table = (out / "table.md").read_text()
+    assert "| itq |" in table
+    assert "±" in table
+    assert {"cells.json", "map_over_bits.png", "precision_recall_16.svg"} <= {path.name for path in out.iterdir()}
+
+    twice = '{"plain": {"method": "itq"}}'
+    code, again = run(capsys, *words, "--methods", "[itq]", "--variants", twice, "--seeds", "1")
+    assert [row["name"] for row in again["rows"]] == ["itq", "plain"]  # one record under two names
+    assert [row["metrics"] for row in again["rows"]] == [first["rows"][0]["metrics"]] * 2
+
+    options = '{"csdh": {"method": "csdh", "options": {"epochs": 10}}}'
+    code, spread = run(capsys, *words, "--variants", options, "--seeds", "1", "--train.workers", "2")
+    assert code == 0, spread
+    code, alone = run(capsys, *words, "--variants", options, "--seeds", "1", "--train.workers", "1", "--fresh", "")
+    assert len(json.loads((out / "cells.json").read_text())) == 1
+    assert spread["rows"][0]["metrics"] == alone["rows"][0]["metrics"]  # the same cell, found committed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--methods", "[itk]"], "itk"),
+        (["--methods", "[itq]", "--evaluate.protocol", "cifar"], "digits"),
+        (["--methods", "[itq]", "--bits", "[12]"], "multiple of 8"),
+        (["--methods", "[itq]", "--published", "[dsah-table9]"], "dsah-table1-cifar10"),
+        (["--methods", "[]"], "methods or variants"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_before_its_first_cell(
+    config: str, stages: dict[str, Any], words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pinned = f"--collection.snapshot={stages['collection']['snapshot']}"
+    code, result = run(capsys, "compare", "--config", config, pinned, *words)
+    assert code == 2, result
+    assert said in result["error"]["message"]

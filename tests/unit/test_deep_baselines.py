@@ -15,7 +15,7 @@ from training_world import deep, tiny_data
 from hashdist import centres, likelihood, straight_through
 from hashdist.communicator import SingleProcess
 from hashdist.errors import InvalidInput
-from hashdist.methods import dsdh, hashnet, mls3rduh, ssdh
+from hashdist.methods import cnnh, dsdh, hashnet, mls3rduh, ssdh
 from hashdist.methods.contract import Batch, Place, method_settings
 
 N, L = 23, 16
@@ -478,3 +478,38 @@ def test_bgan_pair_term_is_the_double_loop() -> None:
         for j, column in enumerate(rows):
             total += 0.5 * (float(b[i] @ b[j]) / L - (1 if int(column) in positive else -1)) ** 2
     assert float(own.loss({"z": z}, batch_of(rows)).backward) == pytest.approx(total / 81, rel=1e-12)
+
+
+class TestCNNH:
+    def test_each_step_is_the_derivative_of_the_objective_and_it_falls(self) -> None:
+        """Half the slope used is a finite difference's of sum c_g c_h (h_g.h_h - q s_gh)^2, over a set's weight."""
+        rng = np.random.default_rng(0)
+        labels = rng.random((7, 3)) < 0.5
+        s = np.where(labels.astype(int) @ labels.T.astype(int) > 0, 1.0, -1.0)
+        counts = rng.integers(1, 6, 7)
+
+        def objective(h: np.ndarray) -> float:
+            return float((counts[:, None] * counts * (h @ h.T - 8 * s) ** 2).sum())
+
+        values = [objective(cnnh.factorise(s, counts, 8, t, np.random.default_rng(1))) for t in (0, 1, 2, 5, 20)]
+        assert sorted(values, reverse=True) == values
+        h = cnnh.factorise(s, counts, 8, 300, np.random.default_rng(1))
+        assert np.abs(h).max() <= 1
+        for i in range(7):
+            for k in range(8):
+                for move in (-1e-4, 1e-4):
+                    near = h.copy()
+                    near[i, k] = np.clip(h[i, k] + move, -1, 1)
+                    assert objective(near) >= objective(h) - 1e-3 * abs(move)
+
+    def test_codes_of_classes_that_share_nothing_are_far_apart(self) -> None:
+        own = method("cnnh")
+        own.prepare(deep("cnnh").network(own.settings, 12, L, torch.Generator(), classes=5), lambda: torch.zeros(0))
+        labels = tiny_data().labels
+        assert labels is not None
+        codes = own.targets_nL.double()
+        firsts = [int(np.flatnonzero(labels[:, c])[0]) for c in range(5)]
+        inner = (codes[firsts] @ codes[firsts].T)[~torch.eye(5, dtype=torch.bool)]
+        assert float(inner.mean()) < 0  # five codes cannot all be opposite: -L / 4 at best
+        for c in range(5):
+            assert len(torch.unique(codes[torch.from_numpy(labels[:, c])], dim=0)) == 1

@@ -69,7 +69,7 @@ class Settings:
         epochs: passes of ImgNet over the training images.
         batch: images of a global batch.
         optimizer: of ImgNet.
-        lr: its learning rate; the paper says "chosen from 1e-3 to 1e-8", no schedule.
+        lr: its learning rate; the paper says "chosen from 1e-3 to 1e-8", no schedule (H50).
         lr_decay: factor on the learning rate after every `decay_epochs` epochs; 1 = constant.
         decay_epochs: see lr_decay.
         momentum: of SGD.
@@ -94,7 +94,7 @@ class Settings:
         labnet_steps: end LabNet's training after so many steps, whatever labnet_epochs; 0 = not.
         labnet_batch: images whose labels are in a mini-batch of LabNet.
         labnet_unique: every step sees all label sets, each as often as it occurs: the objective over all images.
-        labnet_lr: learning rate of LabNet's Adam.
+        labnet_lr: learning rate of LabNet's Adam; the paper does not say (H50).
         labnet_decay_from: LabNet's learning rate falls to a tenth at each of the epochs from this one (counted from
             0) to labnet_decay_to.
         labnet_decay_to: see labnet_decay_from; 0 = constant rate.
@@ -178,6 +178,10 @@ PRESETS = {
         labnet_eta=2.0,
         labnet_beta=0.1,
         labnet_classification="release",
+    ),
+    # H57: a head alone on frozen features; chosen on held-out training images
+    "frozen": Settings(
+        epochs=12, lr=2e-2, lr_decay=0.1, decay_epochs=8, weight_decay=2e-2, labnet_steps=120, feature_length=16.0
     ),
 }
 

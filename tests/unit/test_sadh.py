@@ -219,6 +219,40 @@ def test_ranks_together_give_the_gradient_of_the_whole_batch(name: str, world_si
         assert terms == pytest.approx({k: float(v) for k, v in expected.terms.items()}, rel=1e-12)
 
 
+def test_release_is_the_sum_of_its_scripts() -> None:
+    """Their hinges have no 1/2, their weights are 1 (pairs and maps), .1 and .01; in LabNet 1, 1, 2 / C and .1."""
+    labels, outputs = random_labels(17), outputs_of(17)
+    x = torch.from_numpy(labels).double()
+    sets = torch.unique(x, dim=0)
+    (u, q), (own_u, own_q) = says(sets.numpy() > 0), says(labels)
+
+    def hinges(a: Tensor, b: Tensor, margin: Tensor, similar: Tensor) -> Tensor:
+        c = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=2)
+        return ((margin - c).clamp_min(0) * similar).mean() + ((c - margin).clamp_min(0) * (1 - similar)).mean()
+
+    def margins(a: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=2).clamp_min(0)
+
+    share, to_sets = (x @ x.T > 0).double(), (x @ sets.T > 0).double()
+    z, f = outputs["z"], outputs["features"]
+    expected = sum(
+        hinges(a, a, margins(own, own), share) + hinges(a, m, margins(own, m), to_sets)
+        for a, own, m in ((z, own_u, u), (f, own_q, q))
+    )
+    expected = expected + 0.1 * torch.nn.functional.binary_cross_entropy_with_logits(outputs["classes"], x)
+    expected = expected + 0.01 * (z - z.sign()).pow(2).mean()
+    assert float(guided(RELEASE, labels).loss(outputs, whole_batch(17)).backward) == pytest.approx(float(expected))
+
+    def fixed(a: Tensor) -> Tensor:
+        c = torch.nn.functional.cosine_similarity(a[:, None], a[None], dim=2)
+        return ((0.2 - c).clamp_min(0) * share).mean() + ((0.2 + c).clamp_min(0) * (1 - share)).mean()
+
+    error = 2 * (outputs["classes"] - x).pow(2).sum() / CLASSES
+    expected = fixed(z) + fixed(f) + error + 0.1 * (z - z.sign()).pow(2).mean()
+    weight_S = torch.full((17,), 1 / 17, dtype=torch.float64)
+    assert float(sadh.labnet_loss(outputs, x, weight_S, RELEASE, 17)) == pytest.approx(float(expected))
+
+
 # ---- maps and margins ----------------------------------------------------------------------------------------------
 
 

@@ -55,8 +55,8 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # rate and epochs chosen by the loss of the training labels
-    "frozen": Settings(epochs=30, batch=128, lr=1e-3, lr_last=1e-5),
+    # best mAP of a fifth of the training images, held out (CIFAR-10, 32 bits), over the rates tried; training labels only
+    "frozen": Settings(epochs=30, batch=128, lr=1e-2, lr_last=1e-4),
 }
 
 network = heads.linear

@@ -50,8 +50,10 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # rate and decay chosen as for dpsh
-    "frozen": Settings(epochs=30, batch=128, optimizer="adam", lr=1e-3, lr_last=1e-5, weight_decay=0.0),
+    # best mAP of a fifth of the training images, held out (CIFAR-10, 32 bits), over the rates tried; training labels only
+    "frozen": Settings(
+        epochs=30, batch=128, optimizer="adam", lr=3e-3, lr_last=3e-5, weight_decay=0.0, feature_length=16.0
+    ),
 }
 
 network = heads.tanh

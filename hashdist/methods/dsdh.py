@@ -63,8 +63,9 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # rate and epochs chosen by the loss of the training labels
-    "frozen": Settings(epochs=20, optimizer="adam", lr=1e-3, lr_last=1e-5, weight_decay=0.0, feature_length=64.0),
+    # best mAP of a fifth of the training images, held out (CIFAR-10, 32 bits), over the rates tried; training labels only
+    # (eta too: .52 with 10, .42 with 55)
+    "frozen": Settings(epochs=20, optimizer="adam", lr=3e-3, lr_last=3e-5, weight_decay=0.0, eta=10.0),
 }
 
 network = heads.linear

@@ -53,9 +53,9 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # rate and decay chosen as for dpsh
+    # best mAP of a fifth of the training images, held out (CIFAR-10, 32 bits), over the rates tried; training labels only
     "frozen": Settings(
-        epochs=30, batch=128, optimizer="adam", lr=1e-3, lr_last=1e-5, weight_decay=0.0, feature_length=64.0
+        epochs=30, batch=128, optimizer="adam", lr=1e-2, lr_last=1e-4, weight_decay=0.0, feature_length=16.0
     ),
 }
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from hashdist.anchors import in_blocks, squared_distances
 from hashdist.bits import check_bits
@@ -69,6 +70,11 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int) -> ProductCells
     """Codewords in bits / 4 subspaces. No randomness. Raises InvalidInput for more bits than directions."""
     check_bits(bits)
     check_directions("KMH", bits, features_ND)
+    with threadpool_limits(1):  # many small steps magnify what threads do to the last digit
+        return _fitted(features_ND, bits)
+
+
+def _fitted(features_ND: NDArray[np.floating], bits: int) -> ProductCells:
     mean_D, centred_ND = centre(features_ND)
     subspaces = bits // BITS
     directions_DP = principal_directions(centred_ND, min(features_ND.shape) // subspaces * subspaces)

@@ -11,7 +11,7 @@ the code, and then the rest.
 | U | `u_LD` | [L, D] | dictionary |
 | p(h) | `prior_L` | [L] | Bernoulli(theta), as logits |
 | q(h given x) | `w_DL` | [D, L] | Bernoulli(sigmoid(W^T x)); the code is its more likely h, W^T x >= 0 |
-| h~(z, xi) | `Neuron` | [B, L] | doubly stochastic neuron: 1 if sigmoid(z) >= xi, xi uniform |
+| h~(z, xi) | `neuron` | [B, L] | doubly stochastic neuron: 1 if sigmoid(z) >= xi, xi uniform |
 | H | `helmholtz` | | E_q[-log p(x, h) + log q(h given x)], the Helmholtz free energy |
 
 Gradients go through the neuron by its distributional derivative: a step of h~ is as likely as sigmoid'(z), so that
@@ -41,21 +41,10 @@ BATCH = 500
 RATE = 1e-2
 
 
-class Neuron(torch.autograd.Function):
-    """h~(z, xi) in {0, 1} with the distributional derivative."""
-
-    @staticmethod
-    def forward(ctx, z_BL: Tensor, xi_BL: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        """1 where sigmoid(z) >= xi."""
-        p_BL = torch.sigmoid(z_BL)
-        ctx.save_for_backward(p_BL)
-        return (p_BL >= xi_BL).to(z_BL.dtype)
-
-    @staticmethod
-    def backward(ctx, slope_BL: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
-        """sigmoid'(z) dH/dh."""
-        (p_BL,) = ctx.saved_tensors
-        return slope_BL * p_BL * (1 - p_BL), None
+def neuron(z_BL: Tensor, xi_BL: Tensor) -> Tensor:
+    """h~(z, xi): 1 where sigmoid(z) >= xi, 0 elsewhere, with the derivative sigmoid'(z)."""
+    p_BL = torch.sigmoid(z_BL)
+    return (p_BL >= xi_BL).to(z_BL.dtype) + (p_BL - p_BL.detach())
 
 
 def helmholtz(x_BD: Tensor, h_BL: Tensor, z_BL: Tensor, u_LD: Tensor, prior_L: Tensor, log_rho2: Tensor) -> Tensor:
@@ -76,7 +65,7 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int) -> Projection:
     x_ND = torch.from_numpy(centred_ND / np.float32(scale))
     start_DL = torch.from_numpy(principal_directions(centred_ND, bits).astype(np.float32))
     w_DL = train(x_ND, start_DL, torch.Generator().manual_seed(seed))
-    return Projection(mean_D.astype(np.float32), w_DL.numpy() / np.float32(scale))
+    return Projection(mean_D.astype(np.float32), (w_DL.numpy() / scale).astype(np.float32))
 
 
 def train(x_ND: Tensor, start_DL: Tensor, generator: torch.Generator) -> Tensor:
@@ -89,8 +78,8 @@ def train(x_ND: Tensor, start_DL: Tensor, generator: torch.Generator) -> Tensor:
     for _ in range(STEPS):
         x_BD = x_ND[torch.randint(len(x_ND), (min(BATCH, len(x_ND)),), generator=generator)]
         z_BL = x_BD @ w_DL
-        h_BL = Neuron.apply(z_BL, torch.rand(z_BL.shape, generator=generator))
+        h_BL = neuron(z_BL, torch.rand(z_BL.shape, generator=generator))
         optimizer.zero_grad()
-        helmholtz(x_BD, h_BL, z_BL, u_LD, prior_L, log_rho2).mean().backward()
+        helmholtz(x_BD, h_BL, z_BL, u_LD, prior_L, log_rho2).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return w_DL.detach()

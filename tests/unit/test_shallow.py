@@ -331,7 +331,7 @@ class TestSgh:
         z = torch.tensor([[-1.0, 0.0, 2.0]], dtype=torch.float64, requires_grad=True)
         slope = torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64)
         xi = torch.rand((100_000, 3), generator=generator, dtype=torch.float64)
-        h = sgh.Neuron.apply(z.expand(100_000, 3), xi)
+        h = sgh.neuron(z.expand(100_000, 3), xi)
         assert set(h.unique().tolist()) == {0.0, 1.0}
         torch.testing.assert_close(h.mean(0), torch.sigmoid(z[0]).detach(), atol=0.01, rtol=0)
         (h @ slope).mean().backward()

@@ -55,7 +55,7 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # rate chosen as for csq, whose second stage is the same
+    # not tuned; of the order of csq, whose loss is the same
     "frozen": Settings(epochs=30, optimizer="adam", lr=3e-3, lr_last=3e-5, momentum=0.0, weight_decay=0.0),
 }
 

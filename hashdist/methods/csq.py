@@ -55,7 +55,7 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # best mAP of a fifth of the training images, held out (CIFAR-10, 32 bits), over the rates tried; training labels only
+    # rate by mAP of a fifth of the training images, held out (CIFAR-10, 32 bits); training labels only
     "frozen": Settings(epochs=30, batch=128, lr=1e-2, lr_last=1e-4),
 }
 

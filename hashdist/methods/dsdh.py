@@ -63,8 +63,8 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # best mAP of a fifth of the training images, held out (CIFAR-10, 32 bits), over the rates tried; training labels only
-    # (eta too: .52 with 10, .42 with 55)
+    # rate by mAP of a fifth of the training images, held out (CIFAR-10, 32 bits); training labels only
+    # (eta too: .52 with 10, .42 with 55, which holds the codes at their first signs)
     "frozen": Settings(epochs=20, optimizer="adam", lr=3e-3, lr_last=3e-5, weight_decay=0.0, eta=10.0),
 }
 

@@ -61,7 +61,7 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # best mAP of a fifth of the training images, held out (CIFAR-10, 32 bits), over the rates tried; training labels only
+    # rate by mAP of a fifth of the training images, held out (CIFAR-10, 32 bits); training labels only
     "frozen": Settings(epochs=30, batch=128, optimizer="adam", lr=3e-3, lr_last=3e-5, weight_decay=0.0),
 }
 

@@ -135,7 +135,7 @@ class HeadTraining:
 
     def prepare(self, head: nn.Module, encode: Callable[[], Tensor]) -> None:  # noqa: ARG002
         """Constants of frozen features."""
-        assert isinstance(head, HashHead)
+        assert isinstance(head.standardize, Standardize)
         features, length = self.place.data.features, self.settings.feature_length
         if self.place.frozen and length > 0 and features is not None:
             head.standardize.fit(features, length)

@@ -55,7 +55,7 @@ PRESETS = {
     "paper": Settings(),
     # rate by mAP of a fifth of the training images, held out (CIFAR-10, 32 bits); training labels only
     "frozen": Settings(
-        epochs=30, batch=128, optimizer="adam", lr=1e-2, lr_last=1e-4, weight_decay=0.0, feature_length=16.0
+        epochs=30, batch=128, optimizer="adam", lr=3e-2, lr_last=3e-4, weight_decay=0.0, feature_length=16.0
     ),
 }
 

@@ -1,5 +1,5 @@
 """DH: Venice Erin Liong, Jiwen Lu, Gang Wang, Pierre Moulin, Jie Zhou, "Deep Hashing for Compact Binary Codes
-Learning", CVPR 2015. Unsupervised; a small network of tanh layers whose outputs are near their signs, spread, and independent.
+Learning", CVPR 2015. Unsupervised; small tanh layers whose outputs are near their signs, spread, and independent.
 
 | paper | here | shape | where |
 |---|---|---|---|

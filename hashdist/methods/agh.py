@@ -27,6 +27,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from hashdist.anchors import check_images, in_blocks, k_means, squared_distances
 from hashdist.bits import check_bits
@@ -81,16 +82,16 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int, layers: Literal
     if count >= ANCHORS:
         raise InvalidInput(f"AGH finds at most {layers * (ANCHORS - 1)} bits with {ANCHORS} anchors, found {bits}")
     check_images("AGH", len(features_ND), 2 * (count + 1))
-    anchors_MD = k_means(features_ND, min(ANCHORS, len(features_ND) // 2), seed, ITERATIONS)
-    distances_NM = squared_distances(features_ND, anchors_MD)
-    spread = _spread(distances_NM)
-    z_NM = mixtures(distances_NM, spread)
-    used_M = z_NM.any(0)  # the last step of k-means can leave an anchor without an image
-    anchors_MD, z_NM = anchors_MD[used_M], z_NM[:, used_M]
-    weights_MR = eigenfunctions(z_NM, count)
-    return AnchorGraphFunctions(
-        anchors_MD, spread, weights_MR, second_layer(z_NM, z_NM @ weights_MR) if layers == 2 else None
-    )
+    with threadpool_limits(1):  # eigenvalues may be alike, and threads then choose among their eigenvectors
+        anchors_MD = k_means(features_ND, min(ANCHORS, len(features_ND) // 2), seed, ITERATIONS)
+        distances_NM = squared_distances(features_ND, anchors_MD)
+        spread = _spread(distances_NM)
+        z_NM = mixtures(distances_NM, spread)
+        used_M = z_NM.any(0)  # the last step of k-means can leave an anchor without an image
+        z_NM = z_NM[:, used_M]
+        weights_MR = eigenfunctions(z_NM, count)
+        thresholds_2R = second_layer(z_NM, z_NM @ weights_MR) if layers == 2 else None
+    return AnchorGraphFunctions(anchors_MD[used_M], spread, weights_MR, thresholds_2R)
 
 
 def _spread(distances_NM: NDArray[np.float32]) -> float:

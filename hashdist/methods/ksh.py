@@ -22,6 +22,7 @@ The kernel's width is hashdist/anchors.py's, not tuned.
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
+from threadpoolctl import threadpool_limits
 
 from hashdist.anchors import KernelProjection, anchor_kernel, check_images, sampled
 from hashdist.bits import check_bits
@@ -44,9 +45,10 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int, labels_NC: NDAr
     """Greedy bits on the pairs of a sample. Raises InvalidInput without training images."""
     check_bits(bits)
     check_images("KSH", len(features_ND), 2)
-    kernel, kernel_NM = anchor_kernel(features_ND, sampled(features_ND, ANCHORS, seed), centred=True)
-    rows_S = np.random.default_rng([seed, 1]).permutation(len(features_ND))[:SAMPLE]
-    directions_ML = greedy_bits(kernel_NM[rows_S].astype(np.float64), pair_labels(labels_NC[rows_S]), bits)
+    with threadpool_limits(1):  # greedy bits magnify what threads do to the last digit
+        kernel, kernel_NM = anchor_kernel(features_ND, sampled(features_ND, ANCHORS, seed), centred=True)
+        rows_S = np.random.default_rng([seed, 1]).permutation(len(features_ND))[:SAMPLE]
+        directions_ML = greedy_bits(kernel_NM[rows_S].astype(np.float64), pair_labels(labels_NC[rows_S]), bits)
     return KernelProjection(kernel, directions_ML.astype(np.float32))
 
 

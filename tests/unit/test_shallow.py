@@ -10,6 +10,7 @@ from scipy.optimize import check_grad, minimize_scalar
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits
 
 from hashdist.anchors import k_means, sampled, squared_distances
 from hashdist.errors import InvalidInput
@@ -357,6 +358,16 @@ def test_same_seed_same_codes_and_other_seeds_others(method) -> None:
     assert z[0].dtype == np.float32
     np.testing.assert_array_equal(z[0], z[1])
     assert ((z[0] >= 0) != (z[2] >= 0)).any()
+
+
+@pytest.mark.parametrize("method", [agh, isoh, itq, kmh, pcah, sh, sp, sphh])
+def test_threads_do_not_change_the_code(method) -> None:
+    features = cloud(900, 96)
+    z = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            z.append(method.fit(features, 16, 0)(features))
+    assert ((z[0] >= 0) != (z[1] >= 0)).mean() < 1e-3
 
 
 @pytest.mark.parametrize("method", [isoh, kmh, sgh, sp])

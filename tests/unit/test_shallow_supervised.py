@@ -7,6 +7,7 @@ import pytest
 from scipy.linalg import eigh
 from scipy.optimize import check_grad
 from sklearn.linear_model import Ridge
+from threadpoolctl import threadpool_limits
 
 from hashdist.bits import hamming, pack
 from hashdist.errors import InvalidInput
@@ -51,6 +52,14 @@ class TestEveryMethod:
             features, labels = make(n=600)
             codes = pack(method.fit(features[:400], 16, 0, labels[:400])(features[400:]))
             assert gap(codes, labels[400:]) > 1.5
+
+    def test_threads_do_not_change_the_code(self, method) -> None:
+        features, labels = labelled(500, 48)
+        z = []
+        for threads in (1, 2):
+            with threadpool_limits(threads):
+                z.append(method.fit(features, 16, 0, labels)(features))
+        assert ((z[0] >= 0) != (z[1] >= 0)).mean() < 1e-3
 
     def test_half_precision_features(self, method) -> None:
         features, labels = labelled()

@@ -4,7 +4,8 @@ Synthetic features [n, --width] and a graph of --neighbours random positives a r
 maps, as the training stage does. Each worker is a process of its own (gloo where there are several); what counts is
 the peak of its anonymous memory above what it had after its imports. Pages of the mapped files are said separately:
 the system takes them back when it needs them. DSAH has two rounds, so that the refresh after the first scans W0. The
-batch is larger than the papers', only to make an epoch short. Each checkpoint is serialised as the stage does it.
+batch is larger than the papers', only to make an epoch short, and a run ends with the first checkpoint within its last
+round. Each checkpoint is serialised as the stage does it.
 
     python benchmarks/train_memory.py --n 1000000 --methods ddh dsah --workers 1
 """
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from hashdist.settings import TrainSettings
 from hashdist.training import Checkpoint, train
 
 LIMIT_GB = 5.0
+CHECKPOINT_STEPS = 500
 ROUNDS = {"ddh": {"rounds": 1, "epochs": 1}, "dsah": {"rounds": 2, "epochs": 1}}
 
 
@@ -93,10 +96,17 @@ def worker(method: str, rank: int, folder: Path, chosen: argparse.Namespace) -> 
     )
     data = TrainingData(ids, features, graph=Graph(indptr, indices))
     options = {**ROUNDS[method], "batch": chosen.batch}
-    settings = TrainSettings(method=method, bits=chosen.bits, threads=chosen.threads, options=options)
+    settings = TrainSettings(
+        method=method, bits=chosen.bits, threads=chosen.threads, options=options, checkpoint_steps=CHECKPOINT_STEPS
+    )
     started = time.perf_counter()
-    with Peak() as peak:
-        train(find_method(method), data, settings, comm, save=save, report=lambda _: None)
+
+    def report(event: dict[str, Any]) -> None:
+        if event["round"] == options["rounds"] - 1:
+            raise Enough
+
+    with Peak() as peak, suppress(Enough):
+        train(find_method(method), data, settings, comm, save=save, report=report)
     return {
         "anonymous_gb": round(peak.anonymous - before[0], 2),
         "mapped_gb": round(peak.mapped - before[1], 2),
@@ -118,6 +128,10 @@ def save(checkpoint: Checkpoint) -> None:
     buffer = BytesIO()
     torch.save(checkpoint.to_mapping(), buffer)
     buffer.getbuffer()
+
+
+class Enough(Exception):
+    """All kinds of work have been done once."""
 
 
 class Peak:

@@ -52,7 +52,7 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # rate and epochs chosen by the training loss, no label seen
+    # not tuned
     "frozen": Settings(epochs=30, lr=1e-3, lr_last=1e-5),
 }
 

@@ -55,8 +55,8 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # not tuned; of the order of csq, whose loss is the same
-    "frozen": Settings(epochs=30, optimizer="adam", lr=3e-3, lr_last=3e-5, momentum=0.0, weight_decay=0.0),
+    # rate by mAP within a held-out fifth of the training images (CIFAR-10, 32 bits); training labels only
+    "frozen": Settings(epochs=30, optimizer="adam", lr=1e-3, lr_last=1e-5, momentum=0.0, weight_decay=0.0),
 }
 
 network = heads.linear

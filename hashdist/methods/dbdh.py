@@ -53,7 +53,7 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # rate by mAP of a fifth of the training images, held out (CIFAR-10, 32 bits); training labels only
+    # rate by mAP of a held-out fifth of the training images against the others (CIFAR-10, 32 bits)
     "frozen": Settings(epochs=20, optimizer="adam", lr=3e-3, lr_last=3e-5, weight_decay=0.0, feature_length=16.0),
 }
 

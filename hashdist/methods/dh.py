@@ -59,7 +59,7 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # rate and epochs chosen by the training loss, no label seen
+    # not tuned
     "frozen": Settings(epochs=30, optimizer="adam", lr=1e-3, lr_last=1e-5, weight_decay=0.0),
 }
 

@@ -53,7 +53,7 @@ class Settings(HeadSettings):
 
 PRESETS = {
     "paper": Settings(),
-    # rate by mAP of a fifth of the training images, held out (CIFAR-10, 32 bits); training labels only
+    # rate by mAP within a held-out fifth of the training images (CIFAR-10, 32 bits); training labels only
     "frozen": Settings(
         epochs=30, batch=128, optimizer="adam", lr=3e-2, lr_last=3e-4, weight_decay=0.0, feature_length=16.0
     ),

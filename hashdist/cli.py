@@ -44,11 +44,13 @@ class Command:
     target: str
     fixed: tuple[str, ...] = ()
     options: type | None = None
+    short: str = ""
+    """Section whose settings may be given without its name: `--method` for `--train.method`."""
     first: str = ""
 
 
-def _stage(stage: str, text: str) -> Command:
-    return Command(text, "hashdist.pipeline:run_stage", (stage,))
+def _stage(stage: str, text: str, short: str = "") -> Command:
+    return Command(text, "hashdist.pipeline:run_stage", (stage,), short=short)
 
 
 COMMANDS = {
@@ -61,7 +63,7 @@ COMMANDS = {
     "collection": _stage("collection", "list the images and commit the listing"),
     "features": _stage("features", "one feature vector per image, or the user's own features"),
     "graph": _stage("graph", "exact kNN graph of the training sample"),
-    "train": _stage("train", "train a hash function"),
+    "train": _stage("train", "train a hash function", short="train"),
     "encode": _stage("encode", "codes of the whole collection"),
     "index build": _stage("index", "build the sharded index from the codes"),
     "index log": Command("the versions of an index", "hashdist.commands:index_log"),
@@ -157,6 +159,7 @@ def parse(name: str, words: Sequence[str]) -> tuple[Settings, Any]:
     command = COMMANDS[name]
     if command.first and words and not words[0].startswith("-"):
         words = [f"--{command.first}", *words]
+    words = [_long(word, command.short) for word in words]
     parser = ArgumentParser(prog=f"hashdist {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
@@ -169,6 +172,14 @@ def parse(name: str, words: Sequence[str]) -> tuple[Settings, Any]:
     except (ArgumentError, TypeError) as error:
         raise InvalidInput(f"{_plain(error)}; `hashdist {name} --help` lists every setting") from error
     return _made(Settings, given), _made(command.options, given) if command.options else None
+
+
+def _long(word: str, section: str) -> str:
+    """`--method` as `--train.method`, where the command has such a section and no setting of its own of that name."""
+    name = word.removeprefix("--").partition("=")[0]
+    known = {field.name for field in fields(getattr(Settings(), section))} if section else set()
+    own = {"config", "json", *(field.name for field in fields(Settings))}
+    return f"--{section}.{word.removeprefix('--')}" if word.startswith("--") and name in known - own else word
 
 
 def _made(kind: type, given: Namespace) -> Any:

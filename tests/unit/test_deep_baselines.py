@@ -513,21 +513,3 @@ class TestCNNH:
         assert float(inner.mean()) < 0  # five codes cannot all be opposite: -L / 4 at best
         for c in range(5):
             assert len(torch.unique(codes[torch.from_numpy(labels[:, c])], dim=0)) == 1
-
-
-def test_dh_loss_is_the_paper_s_sum() -> None:
-    own, rows = method("dh", lambda_1=0.7, lambda_2=0.3), rows_of()
-    head = deep("dh").network(own.settings, 12, L, torch.Generator().manual_seed(0)).double()
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter += 0.1 * gaussian(*parameter.shape)
-        outputs = head(torch.from_numpy(tiny_data().features[rows]).double())
-    h, total = outputs["z"], 0.0
-    for row in h.tolist():
-        for value in row:
-            total += (0.5 * ((1 if value >= 0 else -1) - value) ** 2 - 0.7 * 0.5 * value**2) / 9
-    for name, w in head.named_parameters():
-        if name.endswith("weight"):
-            w = w.detach().numpy()
-            total += 0.3 * 0.5 * np.linalg.norm(w @ w.T - np.eye(len(w))) ** 2
-    assert float(own.loss(outputs, batch_of(rows)).backward) == pytest.approx(total, rel=1e-12)

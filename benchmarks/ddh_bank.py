@@ -1,8 +1,8 @@
 """One DDH training step against all n images, bank in closed form, at two n; prints one JSON line.
 
-Frozen mode, synthetic features and a synthetic graph of --positives a row, made directly. Each n runs in a process of
-its own that stays; stretches of --steps steps alternate between them, after one that is not counted. The ratio is
-that of the medians.
+Frozen mode, synthetic features and a synthetic graph of --positives a row, made directly. Short stretches of --steps
+steps alternate between the two, after one that is not counted, so that both see the same machine. The ratio is that of
+the medians.
 
     python benchmarks/ddh_bank.py --sizes 100000 1000000 --threads 1
 """
@@ -10,8 +10,6 @@ that of the medians.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -28,50 +26,27 @@ LIMIT = 1.2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs=2, default=[100_000, 1_000_000])
-    parser.add_argument("--steps", type=int, default=300, help="of one timed stretch")
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=50, help="of one timed stretch")
+    parser.add_argument("--runs", type=int, default=25)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--bits", type=int, default=64)
     parser.add_argument("--positives", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--serve", type=int, default=0, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    if chosen.serve:
-        serve(chosen)
-        return
-    command = [sys.executable, __file__, *sys.argv[1:]]
-    processes = {
-        n: subprocess.Popen([*command, "--serve", str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for n in chosen.sizes
-    }
+    loops = {n: Steps(random_data(n, chosen.width, chosen.positives), chosen) for n in chosen.sizes}
     runs: dict[int, list[float]] = {n: [] for n in chosen.sizes}
     for run in range(chosen.runs + 1):
-        for n, process in processes.items():
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write("run\n")
-            process.stdin.flush()
-            seconds = float(process.stdout.readline())
+        for n, loop in loops.items():
+            started = time.perf_counter()
+            loop.go(chosen.steps)
             if run:
-                runs[n].append(seconds * 1e3)
-    for process in processes.values():
-        process.communicate()
+                runs[n].append((time.perf_counter() - started) / chosen.steps * 1e3)
     small, large = (statistics.median(runs[n]) for n in chosen.sizes)
     figures = {"small_ms": round(small, 3), "large_ms": round(large, 3), "ratio": round(large / small, 3)}
     listed = {str(n): [round(v, 3) for v in values] for n, values in runs.items()}
-    del chosen.serve
     print(json.dumps({"benchmark": "ddh_bank", **vars(chosen), **figures, "limit": LIMIT, "runs_ms": listed}))
-
-
-def serve(chosen: argparse.Namespace) -> None:
-    """Time one stretch for every line read."""
-    steps = Steps(random_data(chosen.serve, chosen.width, chosen.positives), chosen)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        steps.go(chosen.steps)
-        print((time.perf_counter() - started) / chosen.steps, flush=True)
 
 
 def random_data(n: int, width: int, positives: int) -> TrainingData:

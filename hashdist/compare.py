@@ -374,9 +374,10 @@ def _about(settings: Settings, rows: Sequence[Mapping[str, Any]], cells: int) ->
     first = rows[0] if rows else {"sizes": ["?"] * 3, "features": "?", "threads": "?"}
     query, train, database = first["sizes"]
     seeds = sorted({row["seed"] for row in rows})
+    splits = len({row["split"] for row in rows})
     return (
         f"Protocol {settings.evaluate.protocol}: {query} queries, {train} training images, {database} in the database; "
-        f"seeds {', '.join(map(str, seeds))} (each with its own split); mode {settings.train.mode}; "
+        f"seeds {', '.join(map(str, seeds))} ({splits} splits); mode {settings.train.mode}; "
         f"features {first['features']}; {len(rows)} of {cells} cells."
     )
 

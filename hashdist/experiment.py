@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hashdist import bits, neighbours, ranking, scan
+from hashdist import bits, figures, neighbours, ranking, scan
 from hashdist.classification import Part, classify
 from hashdist.communicator import SingleProcess
 from hashdist.errors import InvalidInput
@@ -36,9 +36,6 @@ from hashdist.snapshots import read_vectors
 from hashdist.stages.graph import sizes
 from hashdist.store.commit import Artefact
 from hashdist.training import Checkpoint, train
-
-PRECISION_AT = (1, *range(10, 1001, 10))
-"""N of the precision@N curves."""
 
 _ENCODE_ROWS = 1024
 
@@ -213,7 +210,7 @@ class Frame:
         """Metrics, curves and statistics of codes uint8 [N, L/8] of all images."""
         query, database = self.split.query, self.split.database
         base = np.ascontiguousarray(codes[database])
-        depth = min(max(self.cut, self.precision_at, self.recall_at, max(PRECISION_AT)), len(database))
+        depth = min(max(self.cut, self.precision_at, self.recall_at, max(ranking.PRECISION_AT)), len(database))
         found = scan.nearest(base, codes[query], depth, threads=self.threads)
         exact = self._exact_neighbours
         metrics: dict[str, float] = {}
@@ -223,12 +220,7 @@ class Frame:
             counts = scan.histograms(base, codes[query], masks[database], masks[query], threads=self.threads)
             relevant: NDArray[np.bool_] = np.any(masks[database][found.rows_QK] & masks[query][:, None], axis=2)
             metrics = ranking.summary(counts, relevant, self.cut, self.precision_at)
-            by_rank = (relevant.cumsum(1) / np.arange(1, depth + 1)).mean(0)
-            places = [n for n in PRECISION_AT if n <= depth]
-            curves = {
-                "radius": ranking.by_radius(counts),
-                "precision_at": {"n": places, "precision": [float(by_rank[n - 1]) for n in places]},
-            }
+            curves = {"radius": ranking.by_radius(counts), "precision_at": ranking.precision_curve(relevant)}
         near = found.rows_QK[:, : exact.shape[1]].astype(np.int64)
         metrics[f"recall@{self.recall_at}"] = float(ranking.recall_at(near, exact).mean())
         return {"metrics": metrics, "curves": curves, "codes": code_statistics(base)}
@@ -340,18 +332,13 @@ def code_statistics(codes_NW: Codes) -> dict[str, float]:
         imbalance: mean over bits of |share of ones - 1/2|. entropy: mean over bits, in bits. correlation: mean of
         |correlation| between different bits. distinct: distinct codes over N.
     """
-    signs_NL = bits.signs(codes_NW).astype(np.float32)
-    share = ((signs_NL > 0).mean(0)).astype(np.float64)
-    inside = share.clip(1e-12, 1 - 1e-12)
-    entropy = -(inside * np.log2(inside) + (1 - inside) * np.log2(1 - inside))
-    centred = signs_NL - signs_NL.mean(0)
-    spread = np.sqrt((centred.astype(np.float64) ** 2).mean(0)).clip(1e-9)
-    correlation = (centred.T @ centred).astype(np.float64) / len(centred) / np.outer(spread, spread)
+    signs_NL = bits.signs(codes_NW)
+    share = (signs_NL > 0).mean(0)
     off = ~np.eye(len(share), dtype=bool)
     return {
         "imbalance": float(np.abs(share - 0.5).mean()),
-        "entropy": float(entropy.mean()),
-        "correlation": float(np.abs(correlation[off]).mean()),
+        "entropy": float(figures.bit_entropy(share).mean()),
+        "correlation": float(np.abs(figures.bit_correlation(signs_NL)[off]).mean()),
         "distinct": len(np.unique(codes_NW, axis=0)) / len(codes_NW),
     }
 

@@ -97,7 +97,7 @@ PRESETS = {
     # its graph has K1 = 20 and K2 = 30: --graph.neighbours 20 --graph.shared 30
     "release": Settings(batch=50, lr=1e-2, weight_decay=5e-4, decay_on="all"),
     # a head alone on frozen features (H40); chosen without labels: of the values tried, those with the lowest loss,
-    # on average over 16, 32 and 64 bits, on as many images that were not trained on, with their own graph
+    # at 16 and 64 bits, on as many images that were not trained on, with their own graph
     "frozen": Settings(epochs=60, optimizer="adam", lr=1e-3, weight_decay=1e-3),
 }
 

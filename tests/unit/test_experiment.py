@@ -10,7 +10,8 @@ from training_world import tiny_data
 from hashdist import bits, neighbours
 from hashdist.bits import hamming
 from hashdist.errors import InvalidInput
-from hashdist.experiment import PRECISION_AT, Corpus, Entry, Frame, code_statistics, edge_agreement
+from hashdist.experiment import Corpus, Entry, Frame, code_statistics, edge_agreement
+from hashdist.ranking import PRECISION_AT
 from hashdist.settings import GraphSettings
 
 TINY = {"rounds": 1, "epochs": 2, "batch": 50}

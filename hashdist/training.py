@@ -514,13 +514,9 @@ def _identity(
         "training images": data.n,
         "image ids": _digest(data.ids),
         "graph": _digest(data.graph.indptr) if data.graph is not None else "",
-        "labels": _digest(data.labels) if data.labels is not None and _learns_from_labels(module, chosen) else "",
+        "labels": _digest(data.labels) if data.labels is not None else "",
         "options": settings_text(chosen),
     }
-
-
-def _learns_from_labels(module: MethodModule, chosen: Any) -> bool:
-    return module.USES == "labels" or getattr(chosen, "similarity", "") == "labels"
 
 
 def _check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

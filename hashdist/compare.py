@@ -7,7 +7,7 @@ more, and in images mode, deep methods go through the same stages as `hashdist p
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
@@ -35,6 +35,8 @@ from hashdist.store.commit import Artefact, create_record, digest, read_record
 REVISION = 1
 
 _SUMMARY = ("map@{cut}", "map_all_ties", "precision@{n}", "recall@{k}", "svm_accuracy", "svm_seconds")
+_KEYS = ("name", "bits", "seed")
+_LONG = ("curves", "history", "rounds", "watched")  # what fills curves.json, apart from the cells
 _VARIANT = {"method", "preset", "options", "graph"}
 
 
@@ -303,7 +305,8 @@ def _written(settings: Settings, options: CompareOptions, rows: list[dict[str, A
     if options.out:
         folder = Path(options.out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "cells.json").write_text(_compact(rows))
+        (folder / "cells.json").write_text(_compact(rows, lambda name: name not in _LONG))
+        (folder / "curves.json").write_text(_compact(rows, lambda name: name in _LONG or name in _KEYS))
         about = f"{_about(settings, rows, cells)}\n\n{text}\n\n### Seconds to fit, and codes\n\n{_costs(rows)}\n"
         (folder / "table.md").write_text(about)
         _draw(folder, rows, metrics[0], _beside(options, metrics[0]))
@@ -387,9 +390,9 @@ def _short(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("name", "method", "preset", "bits", "seed", "metrics", "seconds", "codes")}
 
 
-def _compact(rows: Sequence[Mapping[str, Any]]) -> str:
-    """JSON with one row a line, rounded to what is meaningful."""
-    lines = (json.dumps(_rounded({k: v for k, v in row.items() if k != "write_id"})) for row in rows)
+def _compact(rows: Sequence[Mapping[str, Any]], wanted: Callable[[str], bool]) -> str:
+    """JSON with one row a line, of the fields that are wanted, rounded to what is meaningful."""
+    lines = (json.dumps(_rounded({k: v for k, v in row.items() if k != "write_id" and wanted(k)})) for row in rows)
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 

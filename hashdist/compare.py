@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hashdist import distributed, figures, pipeline
 from hashdist.bits import check_bits
+from hashdist.checkpoints import finite
 from hashdist.errors import InvalidInput
 from hashdist.experiment import Corpus, Entry, Fitted, Frame, read_corpus
 from hashdist.methods.contract import find_method, settings_text
@@ -59,7 +60,7 @@ def run(settings: Settings, options: CompareOptions) -> dict[str, Any]:
     lab = _Lab(settings, options, corpus)
     for number, cell in enumerate(missing[share::of]):
         row = lab.compute(cell)
-        create_record(store, cell.record, row)
+        create_record(store, cell.record, finite(row))
         say(f"compare: {number + 1}/{len(missing[share::of])} {_line(settings, row)}")
     done = [cell for cell in cells if store.exists(cell.record)]
     rows = [{**read_record(store, cell.record), "name": cell.entry.name} for cell in done]

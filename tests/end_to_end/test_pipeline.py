@@ -196,7 +196,7 @@ def test_a_comparison_computes_each_cell_once_in_process_and_on_ray_train(
     assert [row["name"] for row in again["rows"]] == ["itq", "plain"]  # one record under two names
     assert [row["metrics"] for row in again["rows"]] == [first["rows"][0]["metrics"]] * 2
 
-    options = '{"csdh": {"method": "csdh", "options": {"epochs": 10}}}'
+    options = '{"still": {"method": "dsah", "options": {"gamma": "inf", "epochs": 1, "rounds": 2}}}'
     code, spread = run(capsys, *words, "--variants", options, "--seeds", "1", "--train.workers", "2")
     assert code == 0, spread
     code, alone = run(capsys, *words, "--variants", options, "--seeds", "1", "--train.workers", "1", "--fresh", "")

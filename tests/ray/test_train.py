@@ -55,7 +55,7 @@ def _settings(root: str, workers: int = 2, method: str = "dsah", **changes: Any)
 
 
 def _train_settings(method: str = "dsah") -> dict[str, Any]:
-    return {"method": method, "bits": 16, "options": OPTIONS[method], "checkpoint_steps": 4}
+    return {"method": method, "bits": 16, "options": OPTIONS.get(method, {}), "checkpoint_steps": 4}
 
 
 def _head(result: dict[str, Any]) -> str:

@@ -133,7 +133,7 @@ def test_images_to_answers_on_s3(
     [
         (["features", "--collection.uri", "{tmp}/nowhere"], "nowhere"),
         (["features", "--collection.uri", "{tmp}"], "image"),
-        (["train", "--train.method", "dsh"], "dsah"),
+        (["train", "--train.method", "dsahh"], "dsah,"),
         (["train", "--train.bits", "12"], "multiple of 8"),
         (["train", "--train.options.lamda", "1"], "lambda_"),
         (["train", "--train.options.batch", "2", "--train.workers", "4"], "4"),

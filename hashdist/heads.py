@@ -133,13 +133,6 @@ class HeadTraining:
         """Log-spaced learning rates, one an epoch."""
         optimizer.param_groups[0]["lr"] = learning_rate(self.settings, step, self.place.data.n)
 
-    def prepare(self, head: nn.Module, encode: Callable[[], Tensor]) -> None:  # noqa: ARG002
-        """Constants of frozen features."""
-        assert isinstance(head.standardize, Standardize)
-        features, length = self.place.data.features, self.settings.feature_length
-        if self.place.frozen and length > 0 and features is not None:
-            head.standardize.fit(features, length)
-
 
 def learning_rate(settings: HeadSettings, step: int, n: int) -> float:
     """From lr to lr_last, evenly in their logarithms, one value an epoch."""

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import hashdist.methods
 from hashdist.communicator import Communicator
 from hashdist.errors import InvalidInput
+from hashdist.standardize import Standardize
 
 Outputs = dict[str, Tensor]
 """What a head returns for b images: "z" [b, L] and any others, each with b rows."""
@@ -180,8 +181,16 @@ class Method:
     def adjust(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate and the like for the step after `step` steps: a pure function of `step`."""
 
-    def prepare(self, head: nn.Module, encode: Encode) -> None:
-        """Once, before the first step of a new run (not when it resumes): constants of the head, banks, warnings."""
+    def prepare(self, head: nn.Module, encode: Encode) -> None:  # noqa: ARG002
+        """Once, before the first step of a new run (not when it resumes): constants of the head, banks, warnings.
+
+        Here: frozen features are centred and scaled to `settings.feature_length`, where that is positive and the head
+        has a `standardize` (docs/decisions.md, H6). Methods that prepare more call this first.
+        """
+        length, features = getattr(self.settings, "feature_length", 0.0), self.place.data.features
+        standardize = getattr(head, "standardize", None)
+        if self.place.frozen and length > 0 and features is not None and isinstance(standardize, Standardize):
+            standardize.fit(features, length)
 
     def start_epoch(self, epoch: int, encode: Encode) -> None:
         """Before the first step of an epoch (counted over all rounds), not when resuming within one."""

@@ -31,7 +31,7 @@ from torch.nn import functional
 from hashdist.bits import check_bits
 from hashdist.errors import InvalidInput
 from hashdist.methods import contract
-from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place
+from hashdist.methods.contract import Batch, Loss, Outputs, Place
 from hashdist.pairs import unit, with_own_rows
 from hashdist.standardize import Standardize
 
@@ -188,12 +188,6 @@ class Method(contract.Method):
         if not chosen.repeat_decay:
             decays = min(decays, 1)
         optimizer.param_groups[0]["lr"] = chosen.lr * chosen.lr_decay**decays
-
-    def prepare(self, head: nn.Module, encode: Encode) -> None:  # noqa: ARG002
-        """Constants of frozen features."""
-        if self.place.frozen and self.settings.feature_length and self.place.data.features is not None:
-            assert isinstance(head, Head)
-            head.standardize.fit(self.place.data.features, self.settings.feature_length)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         """Eq 14 over the global batch; recipe C for both terms, in one exchange."""

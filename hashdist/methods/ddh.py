@@ -361,9 +361,7 @@ class Method(contract.Method):
 
     def prepare(self, head: nn.Module, encode: Encode) -> None:
         """Constants of frozen features; the bank starts full, the release's starts at zero (D3)."""
-        if self.place.frozen and self.settings.feature_length and self.place.data.features is not None:
-            assert isinstance(head, Head)
-            head.standardize.fit(self.place.data.features, self.settings.feature_length)
+        super().prepare(head, encode)
         if self.settings.pairs == "bank":
             self.bank = Bank(encode().to(self.place.device, self.place.dtype))
             self.similarity.recompute(self.bank.u_nL)

@@ -290,11 +290,9 @@ class Method(contract.Method):
         if chosen.adam_eps_hat:
             group["eps"] = chosen.adam_eps / math.sqrt(1 - group["betas"][1] ** (step + 1))
 
-    def prepare(self, head: nn.Module, encode: Encode) -> None:  # noqa: ARG002
+    def prepare(self, head: nn.Module, encode: Encode) -> None:
         """Constants of frozen features; a warning where uniform batches can hardly hold a positive pair."""
-        if self.place.frozen and self.settings.feature_length and self.place.data.features is not None:
-            assert isinstance(head, Head)
-            head.standardize.fit(self.place.data.features, self.settings.feature_length)
+        super().prepare(head, encode)
         n, batch = self.place.data.n, self.settings.batch
         expected = batch * (batch - 1) * self.w.edges / n / max(1, n - 1)
         if expected < 20 and self.place.comm.rank == 0:

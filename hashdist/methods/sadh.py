@@ -420,12 +420,10 @@ class Method(contract.Method):
         decays = step // self.steps_per_epoch // chosen.decay_epochs
         optimizer.param_groups[0]["lr"] = chosen.lr * chosen.lr_decay**decays
 
-    def prepare(self, head: nn.Module, encode: Encode) -> None:  # noqa: ARG002
+    def prepare(self, head: nn.Module, encode: Encode) -> None:
         """Constants of frozen features; LabNet, on rank 0, and what it says of every row, on all."""
         place, chosen = self.place, self.settings
-        if place.frozen and chosen.feature_length and place.data.features is not None:
-            assert isinstance(head, Head)
-            head.standardize.fit(place.data.features, chosen.feature_length)
+        super().prepare(head, encode)
         rows_TC = torch.cat((self.sets_SC, self.map_RC)).float()
         learned_TX = torch.zeros(len(rows_TC), place.bits + chosen.semantic, device=place.device)
         if place.comm.rank == 0:

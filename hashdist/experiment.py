@@ -18,6 +18,7 @@ from hashdist import bits, figures, neighbours, ranking, scan
 from hashdist.classification import Part, classify
 from hashdist.communicator import SingleProcess
 from hashdist.errors import InvalidInput
+from hashdist.labels import similar_pairs
 from hashdist.methods.contract import (
     Graph,
     TrainingData,
@@ -349,8 +350,6 @@ def edge_agreement(edges: neighbours.Sparse, labels_NC: NDArray[np.bool_]) -> di
     right = 0
     for a, b in blocks(len(rows), 1 << 20):
         right += int((labels_NC[rows[a:b]] & labels_NC[edges.indices[a:b]]).any(1).sum())
-    sets, counts = np.unique(labels_NC, axis=0, return_counts=True)
-    shared = (sets.astype(np.float32) @ sets.T.astype(np.float32)) > 0
-    relevant = int(counts @ shared @ counts) - int(counts[sets.any(1)].sum())
+    relevant = similar_pairs(labels_NC) - int(labels_NC.any(1).sum())
     n = len(edges.indptr) - 1
     return {"precision": right / max(1, len(rows)), "recall": right / max(1, relevant), "mean_row": len(rows) / n}

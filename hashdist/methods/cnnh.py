@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from hashdist import heads
 from hashdist.heads import HeadSettings, HeadTraining
+from hashdist.labels import label_sets
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place, check_labels
 from hashdist.pairs import with_own_rows
@@ -97,12 +98,12 @@ class Method(HeadTraining, contract.Method):
     def prepare(self, head: nn.Module, encode: Encode) -> None:
         """Constants of frozen features, and stage 1."""
         super().prepare(head, encode)
-        sets_GC, set_n, counts_G = np.unique(self.labels_nC, axis=0, return_inverse=True, return_counts=True)
+        sets_GC, set_n = label_sets(self.labels_nC)
         share_GG = sets_GC.astype(np.int32) @ sets_GC.T.astype(np.int32) > 0
         rng = np.random.default_rng([self.place.seed, 0xC44])
-        h_GL = factorise(np.where(share_GG, 1.0, -1.0), counts_G, self.place.bits, self.settings.sweeps, rng)
+        h_GL = factorise(np.where(share_GG, 1.0, -1.0), np.bincount(set_n), self.place.bits, self.settings.sweeps, rng)
         codes_GL = np.where(h_GL >= 0, 1, -1).astype(np.int8)
-        self.targets_nL.copy_(torch.from_numpy(codes_GL[set_n.reshape(-1)]))
+        self.targets_nL.copy_(torch.from_numpy(codes_GL[set_n]))
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         """Cross-entropy of every bit, a mean over B L code elements."""

@@ -38,6 +38,7 @@ from torch.nn import functional
 
 from hashdist.bits import check_bits
 from hashdist.errors import InvalidInput
+from hashdist.labels import label_sets
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Graph, Loss, Outputs, Place
 from hashdist.order import blocks
@@ -217,11 +218,10 @@ class LabelSimilarity:
     sums_SL: Tensor
 
     def __init__(self, labels_nC: NDArray[np.bool_], place: Place) -> None:
-        _, first, set_n = np.unique(np.packbits(labels_nC, 1), axis=0, return_index=True, return_inverse=True)
-        self._set_n = set_n.reshape(-1)
-        self._labels_SC = torch.from_numpy(np.array(labels_nC[first])).to(place.device, torch.float32)
+        sets_SC, self._set_n = label_sets(labels_nC)
+        self._labels_SC = torch.from_numpy(sets_SC).to(place.device, torch.float32)
         self._dtype, self._device = place.dtype, place.device
-        self.sums_SL = torch.zeros((len(first), place.bits), dtype=torch.float64, device=place.device)
+        self.sums_SL = torch.zeros((len(sets_SC), place.bits), dtype=torch.float64, device=place.device)
 
     def positive_sums(self, rows_b: NDArray[np.int64], u_nL: Tensor) -> Tensor:
         """Sums of those label sets that share a label with the image's own."""

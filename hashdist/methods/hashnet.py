@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hashdist import heads
 from hashdist.heads import HeadSettings, HeadTraining
+from hashdist.labels import similar_pairs
 from hashdist.likelihood import hardness, indicator, negative_log_likelihood, similar
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
@@ -69,12 +70,8 @@ network = heads.linear
 
 
 def similar_share(labels_NC: NDArray[np.bool_]) -> float:
-    """norm(S_1) / norm(S) over all ordered pairs; images of one label set are counted together."""
-    sets_GC, counts_G = np.unique(labels_NC, axis=0, return_counts=True)
-    count = 0.0
-    for row_C, images in zip(sets_GC, counts_G, strict=True):
-        count += float(images) * float(counts_G[(sets_GC & row_C).any(1)].sum())
-    return count / len(labels_NC) ** 2
+    """norm(S_1) / norm(S) over all ordered pairs."""
+    return similar_pairs(labels_NC) / len(labels_NC) ** 2
 
 
 def pair_weights(labels_BC: Tensor, share: float) -> Tensor:

@@ -36,6 +36,7 @@ from torch.nn import functional
 
 from hashdist.bits import check_bits
 from hashdist.errors import InvalidInput
+from hashdist.labels import label_sets
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place
 from hashdist.order import epoch_batches
@@ -333,13 +334,6 @@ class Guide:
 
 def _margins(a_NX: Tensor, b_MX: Tensor) -> Tensor:
     return (a_NX @ b_MX.T).clamp(0.0, 1.0)
-
-
-def label_sets(labels_NC: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Distinct label sets, bool [S, C] in a fixed order, and the number of each image's own, int64 [n]."""
-    packed, numbers = np.unique(np.packbits(labels_NC, axis=1), axis=0, return_inverse=True)
-    sets: NDArray[np.bool_] = np.unpackbits(packed, axis=1, count=labels_NC.shape[1]).astype(bool)
-    return sets, numbers.reshape(-1)
 
 
 # ---- section 3.3: ImgNet -------------------------------------------------------------------------------------------

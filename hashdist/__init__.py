@@ -21,8 +21,8 @@ from hashdist.errors import (
 )
 
 if TYPE_CHECKING:
+    from hashdist.index import Hits, Index, create_index, open_index
     from hashdist.model import load_model
-    from hashdist.searcher import Hits, Index, create_index, open_index
 
 __all__ = [
     "AlreadyExists",
@@ -41,10 +41,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "create_index": "hashdist.searcher",
-    "open_index": "hashdist.searcher",
-    "Index": "hashdist.searcher",
-    "Hits": "hashdist.searcher",
+    "create_index": "hashdist.index",
+    "open_index": "hashdist.index",
+    "Index": "hashdist.index",
+    "Hits": "hashdist.index",
     "load_model": "hashdist.model",
 }
 

@@ -16,8 +16,8 @@ from hashdist import datasets, protocols
 from hashdist.collections import open_collection
 from hashdist.errors import InvalidInput, NotFound
 from hashdist.ids import assign_salts, image_ids
+from hashdist.index import Hits, Index, open_index
 from hashdist.schema import OK
-from hashdist.searcher import Hits, Index, open_index
 from hashdist.settings import ConvertOptions, ProtocolCheckOptions, ProtocolOptions, SearchOptions, Settings
 from hashdist.snapshots import read_vectors
 from hashdist.store import open_store

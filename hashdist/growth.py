@@ -7,9 +7,9 @@ from typing import Any
 from hashdist import distributed
 from hashdist.collections import subset
 from hashdist.errors import InvalidInput
+from hashdist.index import open_index
 from hashdist.pipeline import run_metrics
 from hashdist.progress import say
-from hashdist.searcher import open_index
 from hashdist.settings import Settings
 from hashdist.stages import collection, encode, features
 from hashdist.stages import reindex as growth

@@ -18,8 +18,8 @@ from sklearn.datasets import load_digits
 
 from hashdist import distributed, growth, pipeline, report
 from hashdist.errors import AlreadyExists
+from hashdist.index import Index, open_index
 from hashdist.progress import say
-from hashdist.searcher import Index, open_index
 from hashdist.settings import QuickstartOptions, Settings
 
 _MARK = ".made-by-hashdist-quickstart"

@@ -14,6 +14,7 @@ checksummed when it is first opened in a process; a bad cache file is fetched ag
 
 import hashlib
 import io
+import json
 import os
 import struct
 import threading
@@ -105,6 +106,17 @@ def _header(rows: int, width: int) -> bytes:
 def write_ids(store: Store, name: str, ids: NDArray[np.int64]) -> dict[str, Any]:
     """Write a file of ids (of a tombstone); returns its entry."""
     return write_file(store, name, _npy(ids), len(ids))
+
+
+def write_salts(store: Store, name: str, salts: Mapping[str, int]) -> dict[str, Any]:
+    """Write the salts of keys; returns the file's entry. A file of its own, because it names keys (see erasure)."""
+    return write_file(store, name, json.dumps(dict(sorted(salts.items()))).encode(), len(salts))
+
+
+def read_salts(store: Store, entry: Mapping[str, Any]) -> dict[str, int]:
+    """The salts that `write_salts` wrote."""
+    salts: dict[str, int] = json.loads(local_file(store, entry).read_bytes())
+    return salts
 
 
 def files(shard: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 from hashdist import distributed
 from hashdist.errors import AlreadyExists, Conflict, InvalidInput, NotFound
 from hashdist.ids import image_id
+from hashdist.index import Index, create_index, open_index
 from hashdist.order import runs
 from hashdist.progress import say
 from hashdist.schema import OK, from_vectors
-from hashdist.searcher import Index, create_index, open_index
 from hashdist.settings import Settings
 from hashdist.shards import Rows, Shard, write_shard
 from hashdist.store.commit import Artefact, Log, open_artefact, read_table

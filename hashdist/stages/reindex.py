@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hashdist.errors import InvalidInput
+from hashdist.index import Index
 from hashdist.schema import OK, from_vectors
-from hashdist.searcher import Index
 from hashdist.snapshots import vectors
 from hashdist.store.commit import Artefact, open_artefact, read_table
 

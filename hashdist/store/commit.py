@@ -328,7 +328,7 @@ def _read_rows(file: pq.ParquetFile, columns: list[str] | None, start: int, stop
     return file.read_row_groups(groups, columns).slice(start - offset, stop - start)
 
 
-class _Names:
+class Names:
     """Names of data files: new in every process and every copy of an object, so that no two attempts share one."""
 
     def __init__(self) -> None:
@@ -345,8 +345,8 @@ class _Names:
         """A name that nothing else uses."""
         return f"{folder}/{self.attempt}/{uuid4().hex}{suffix}"
 
-    def __reduce__(self) -> tuple[type["_Names"], tuple[()]]:
-        return _Names, ()
+    def __reduce__(self) -> tuple[type["Names"], tuple[()]]:
+        return Names, ()
 
 
 # The two shapes
@@ -372,7 +372,7 @@ class Artefact:
         if kind not in KINDS:
             raise InvalidInput(f"the kind of an artefact must be one of {', '.join(KINDS)}, found {kind!r}")
         self.kind, self.name, self.store, self.uri = kind, name, store, store.uri
-        self._names = _Names()
+        self._names = Names()
         self._manifest: dict[str, Any] | None = None
 
     @classmethod
@@ -492,13 +492,12 @@ class Log:
 
     def __init__(self, store: Store) -> None:
         self.store, self.uri = store, store.uri
-        self._names = _Names()
+        self._names = Names()
         self._known = 0
 
-    @property
-    def attempt(self) -> str:
-        """Id of this writer, part of the names of its data files."""
-        return self._names.attempt
+    def new_attempt(self) -> Names:
+        """Names for the data files of one change: another attempt than any before."""
+        return Names()
 
     def latest(self) -> Version | None:
         """The newest version; None while there is none."""

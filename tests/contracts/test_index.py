@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 import hashdist
 from hashdist import ids as ids_module
-from hashdist import searcher, shards
+from hashdist import shards
 from hashdist.bits import hamming
 from hashdist.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound
-from hashdist.searcher import Index, create_index, open_index
+from hashdist.index import Index, change, create_index, open_index, searcher
 from hashdist.store import open_store
 
 Codes = NDArray[np.uint8]
@@ -52,7 +52,7 @@ def expected(model: dict[str, Codes], ids: Callable[[str], int], query: Codes, k
 
 def check(index: Index, model: dict[str, Codes], queries: Codes, k: int = 5) -> None:
     """The index answers as the dict does: searches, radius, keys, codes."""
-    salts = index.manifest["salts"]
+    salts = index.view.salts
 
     def id_of(key: str) -> int:
         return ids_module.image_id(key, salts.get(key, 0))
@@ -283,7 +283,7 @@ def test_two_keys_with_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def crowded(key: str, salt: int = 0) -> int:
         return (sum(key.encode()) % 8) + 8 * salt
 
-    monkeypatch.setattr(searcher, "image_id", crowded)
+    monkeypatch.setattr(change, "image_id", crowded)
     monkeypatch.setattr(ids_module, "image_id", crowded)
     codes = random_codes(60)
     keys = [f"{i:02d}" for i in range(60)]
@@ -293,7 +293,7 @@ def test_two_keys_with_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         index.append(codes[part], [keys[i] for i in part])
         model |= {keys[i]: codes[i] for i in part}
         check(index, model, random_codes(2, seed=1), k=60)
-    assert len(index.manifest["salts"]) >= 50
+    assert len(index.view.salts) >= 50
     assert index.delete(keys[:30]) == 30
     index.append(codes[:10], keys[:10])
     index.append(codes[::-1][:5], keys[55:], on_existing="replace")

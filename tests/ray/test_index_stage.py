@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from hashdist.bits import hamming, pack
 from hashdist.errors import InvalidInput
 from hashdist.ids import image_ids
+from hashdist.index import open_index
 from hashdist.protocols import split
 from hashdist.schema import to_vectors, vector_schema
-from hashdist.searcher import open_index
 from hashdist.settings import EvaluateSettings, IndexSettings, Settings
 from hashdist.stages import evaluate, index, reindex
 from hashdist.store import open_store

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from hashdist import ids as ids_module
-from hashdist import searcher, shards
+from hashdist import shards
 from hashdist.errors import Corrupt, InvalidInput
-from hashdist.searcher import create_index, open_index
+from hashdist.index import create_index, open_index, searcher
 from hashdist.shards import Rows, Shard, write_shard
 from hashdist.store import open_store
 

@@ -1,0 +1,91 @@
+"""The record of a version of an index: what is its content, what it keeps about the log, and how one follows another.
+
+Content is what a search answers from; it is what a rollback restores and what a candidate is. What is kept about the
+log goes from every version to the next. Everything else says how this one version came about.
+
+Content: `bits`, `bit_order`, `model`, `model_uri`, `collection`, `built_from`, `failed_in`, `rows` (live ones),
+`shards`, `tombstones`, `salts` (the last three are entries of files, each with the `version` it joined the index in).
+
+Kept: `tags` (name: version), `expired` (ranges of version numbers whose files may be gone), `revoked` (attempts whose
+files may be gone: nothing of theirs can be committed any more), `candidate` (content that waits for promotion; absent
+if there is none), `rewrites` (files of older versions that were written again, by path).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from hashdist.bits import BIT_ORDER
+from hashdist.errors import Conflict
+from hashdist.shards import files as shard_files
+from hashdist.store.commit import Version
+
+CONTENT = (
+    "bits", "bit_order", "model", "model_uri", "collection", "built_from", "failed_in",
+    "rows", "shards", "tombstones", "salts",
+)  # fmt: skip
+KEPT = ("tags", "expired", "revoked", "candidate", "rewrites")
+
+Manifest = Mapping[str, Any]
+Entry = Mapping[str, Any]
+
+
+def first(bits: int, model: str | None, model_uri: str | None) -> dict[str, Any]:
+    """The record of version 1: no rows."""
+    content = {"bits": bits, "bit_order": BIT_ORDER, "model": model, "model_uri": model_uri, "rows": 0}
+    return {"kind": "index", "operation": "create", **content, "shards": [], "tombstones": [], "salts": []}
+
+
+def content(manifest: Manifest) -> dict[str, Any]:
+    """The fields that a search answers from."""
+    return {name: manifest[name] for name in CONTENT if name in manifest}
+
+
+def successor(
+    head: Version, operation: str, changed: Manifest | None = None, kept: Manifest | None = None, **about: Any
+) -> dict[str, Any]:
+    """The record of the version after `head`.
+
+    Args:
+        head: the version it is committed upon.
+        operation: what the log calls it.
+        changed: fields of the content that differ from the head's.
+        kept: fields of KEPT that differ; None as a value leaves the field out.
+        about: how this version came about.
+
+    Raises:
+        Conflict: it names a file whose attempt the head has revoked: the writer has slept too long, and its files may
+            be gone.
+    """
+    now = {**content(head.manifest), **(changed or {})}
+    log = {name: head.manifest[name] for name in KEPT if name in head.manifest} | dict(kept or {})
+    log = {name: value for name, value in log.items() if value is not None}
+    record = {"kind": "index", **about, "operation": operation, **now, **log}
+    revoked = set(log.get("revoked", ())) & {attempt_of(entry["path"]) for entry in files(record)}
+    if revoked:
+        raise Conflict(
+            f"a clean-up after version {head.number} took this writer for dead and may have deleted what it wrote "
+            f"(attempt {min(revoked)}); nothing was committed; run again"
+        )
+    return record
+
+
+def stamped(entries: Iterable[Entry], number: int) -> list[dict[str, Any]]:
+    """New shards or tombstones, as members of version `number`."""
+    return [{**entry, "version": number} for entry in entries]
+
+
+def files(manifest: Manifest) -> Iterator[Entry]:
+    """Every data file that a record names, of its candidate and its rewrites too."""
+    for part in (manifest, manifest.get("candidate") or {}):
+        for shard in part.get("shards", ()):
+            yield from shard_files(shard)
+        yield from part.get("tombstones", ())
+        yield from part.get("salts", ())
+    for entry in manifest.get("rewrites", {}).values():
+        if entry is not None:
+            yield from shard_files(entry) if "codes" in entry else [entry]
+
+
+def attempt_of(path: str) -> str:
+    """The attempt that wrote a data file: <folder>/<attempt>/<name>."""
+    return path.split("/")[1]

@@ -1,0 +1,262 @@
+"""One version of an index, opened: its shards, what is hidden in them, and where rows are."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hashdist import scan, telemetry
+from hashdist.bits import BIT_ORDER
+from hashdist.errors import Corrupt, InvalidInput
+from hashdist.ids import image_ids
+from hashdist.shards import Shard, local_file, read_salts
+from hashdist.store.commit import Log, Version
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The nearest images of every query, in (distance, id) order.
+
+    Attributes:
+        ids: int64 [Q, k'], k' = min(k, rows of the index).
+        distances: int32 [Q, k'].
+    """
+
+    ids: NDArray[np.int64]
+    distances: NDArray[np.int32]
+    _view: "View" = field(repr=False)
+
+    def keys(self) -> list[list[str]]:
+        """The keys, [Q][k']; reads only these rows."""
+        flat = self._view.keys_of(self.ids.ravel())
+        width = self.ids.shape[1]
+        return [flat[q * width : (q + 1) * width] for q in range(len(self.ids))]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Every image within a radius of each query, in (distance, id) order.
+
+    Attributes:
+        offsets: int64 [Q + 1]; query q owns [offsets[q], offsets[q + 1]) of the other two.
+        ids: int64 [matches].
+        distances: int32 [matches].
+    """
+
+    offsets: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    distances: NDArray[np.int32]
+    _view: "View" = field(repr=False)
+
+    def keys(self) -> list[list[str]]:
+        """The keys of every query's matches; reads only these rows."""
+        flat = self._view.keys_of(self.ids)
+        return [flat[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where keys or ids are: shard number and row, -1 for those that have no live row."""
+
+    ids: NDArray[np.int64]
+    shards: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """Which of them are somewhere."""
+        return self.shards >= 0
+
+    def take(self, which: NDArray[np.int64]) -> "Places":
+        """Some of them."""
+        return Places(self.ids[which], self.shards[which], self.rows[which])
+
+    def by_shard(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Shard numbers, and which of the places are there."""
+        for number in np.unique(self.shards[self.present]):
+            yield int(number), np.flatnonzero(self.shards == number)
+
+
+class View:
+    """One version, opened: its shards and what is hidden in them. Picklable.
+
+    Args:
+        log: of the index.
+        version: a committed version, or one that is about to be committed and whose files are written.
+        before: a view whose open shards may be shared.
+
+    Attributes:
+        number: of the version.
+        manifest: its record.
+        shards: in the manifest's order.
+
+    Raises InvalidInput for a log of something else.
+    """
+
+    def __init__(self, log: Log, version: Version, before: "View | None" = None) -> None:
+        manifest = version.manifest
+        if manifest.get("kind") != "index":
+            raise InvalidInput(f"{log.uri} must hold an index, found a log of kind {manifest.get('kind')!r}")
+        if manifest["bit_order"] != BIT_ORDER:
+            raise InvalidInput(f"{log.uri}: bits must be packed {BIT_ORDER}-endian, found {manifest['bit_order']!r}")
+        self.uri, self.number, self.manifest = log.uri, version.number, manifest
+        self.log, self.version = log, version
+        opened = {} if before is None else {shard.name: shard for shard in before.shards}
+        entries = manifest["shards"]
+        self.shards: list[Shard] = [opened.get(entry["codes"]["path"]) or Shard(log.store, entry) for entry in entries]
+        self._dead: dict[int, NDArray[np.uint8] | None] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["View"], tuple[Log, Version]]:
+        return View, (self.log, self.version)
+
+    # What is hidden
+
+    @cached_property
+    def tombstones(self) -> list[tuple[int, NDArray[np.int64]]]:
+        """(version, ids ascending): each hides rows of these ids in shards committed before that version."""
+        return [(entry["version"], np.load(local_file(self.log.store, entry))) for entry in self.manifest["tombstones"]]
+
+    def dead_rows(self, number: int) -> NDArray[np.int64]:
+        """The hidden rows of a shard, ascending."""
+        since, shard = self.manifest["shards"][number]["version"], self.shards[number]
+        hidden = [ids for version, ids in self.tombstones if version > since]
+        return shard.find(np.unique(np.concatenate(hidden)))[1] if hidden else np.empty(0, np.int64)
+
+    def dead(self, number: int) -> NDArray[np.uint8] | None:
+        """Bitmap of the hidden rows of a shard; None if there are none."""
+        with self._lock:
+            if number not in self._dead:
+                self._dead[number] = scan.bitmap(self.dead_rows(number), self.shards[number].rows)
+            return self._dead[number]
+
+    # Searching
+
+    def nearest(self, queries_QW: NDArray[np.uint8], k: int) -> scan.Nearest:
+        """The k nearest live rows by (distance, id); "rows" of the result are ids."""
+        best: scan.Nearest | None = None
+        for number, shard in enumerate(self.shards):
+            with _timed("load"):
+                codes_NW, ids_N, dead = shard.codes, shard.ids, self.dead(number)
+            with _timed("scan"):
+                found = scan.nearest(codes_NW, queries_QW, k, dead=dead, bound_Q=_bound(best, k))
+            with _timed("merge"):
+                ids_QK = ids_N[found.rows_QK.clip(min=0)]
+                found = scan.Nearest(found.distances_QK, ids_QK, found.counts_Q)
+                best = found if best is None else scan.merge(best, found, k)
+        if best is None or (best.counts_Q != k).any():
+            raise Corrupt(f"{self.uri}, version {self.number} must hold {self.manifest['rows']} live rows; verify it")
+        return scan.Nearest(best.distances_QK[:, :k], best.rows_QK[:, :k], best.counts_Q)
+
+    def within(self, queries_QW: NDArray[np.uint8], radius: int) -> Matches:
+        """Every live row within the radius of each query."""
+        parts = []
+        for number, shard in enumerate(self.shards):
+            ball = scan.within(shard.codes, queries_QW, radius, dead=self.dead(number))
+            query = np.repeat(np.arange(len(queries_QW)), np.diff(ball.offsets))
+            parts.append((query, ball.distances, shard.ids[ball.rows]))
+        if not parts:
+            return Matches(np.zeros(len(queries_QW) + 1, np.int64), np.empty(0, np.int64), np.empty(0, np.int32), self)
+        query, distances, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.lexsort((ids, distances, query))
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(query, minlength=len(queries_QW)))]).astype(np.int64)
+        return Matches(offsets, ids[order], distances[order], self)
+
+    # Rows by id and by key
+
+    @cached_property
+    def salts(self) -> dict[str, int]:
+        """The keys whose id has a salt > 0 (hashdist/ids.py)."""
+        return {
+            key: salt for entry in self.manifest["salts"] for key, salt in read_salts(self.log.store, entry).items()
+        }
+
+    def locate(self, ids: NDArray[np.int64]) -> Places:
+        """Where the live rows of these ids are."""
+        shards, rows = np.full(len(ids), -1, np.int64), np.full(len(ids), -1, np.int64)
+        for number, shard in enumerate(self.shards):
+            which, at = shard.find(ids)
+            dead = self.dead(number) if len(at) else None
+            if dead is not None:
+                alive = (dead[at >> 3] >> (at & 7)) & 1 == 0
+                which, at = which[alive], at[alive]
+            shards[which], rows[which] = number, at
+        return Places(ids, shards, rows)
+
+    def find(self, keys: Sequence[str]) -> Places:
+        """Where the live rows of these keys are. A row of another key with the same id is not it."""
+        places = self.locate(image_ids(keys, self.salts))
+        other = ~self.key_matches(keys, places)
+        places.shards[other], places.rows[other] = -1, -1
+        return places
+
+    def key_matches(self, keys: Sequence[str], places: Places) -> NDArray[np.bool_]:
+        """Whether the row at each place has that key; True where there is no row."""
+        matches = np.ones(len(keys), np.bool_)
+        for number, which in places.by_shard():
+            stored = self.shards[number].keys(places.rows[which])
+            matches[which] = [keys[w] == key for w, key in zip(which, stored, strict=True)]
+        return matches
+
+    def keys_of(self, ids: NDArray[np.int64]) -> list[str]:
+        """The keys of live ids."""
+        keys = np.empty(len(ids), object)
+        for number, which, places in self._gather(self.locate(ids)):
+            keys[which] = self.shards[number].keys(places.rows)
+        return list(keys)
+
+    def codes(self, places: Places) -> NDArray[np.uint8]:
+        """The codes at these places, all of which are present."""
+        codes = np.empty((len(places.ids), self.manifest["bits"] // 8), np.uint8)
+        for number, which, here in self._gather(places):
+            codes[which] = self.shards[number].codes[here.rows]
+        return codes
+
+    def column(self, places: Places, name: str) -> list[Any]:
+        """One column at these places, all of which are present."""
+        values = np.empty(len(places.ids), object)
+        for number, which, here in self._gather(places):
+            values[which] = self.shards[number].columns([name], here.rows)[name].to_pylist()
+        return list(values)
+
+    @staticmethod
+    def _gather(places: Places) -> Iterator[tuple[int, NDArray[np.int64], Places]]:
+        for number, which in places.by_shard():
+            yield number, which, places.take(which)
+
+    def live_rows(self, number: int, columns: Sequence[str]) -> pa.Table:
+        """id, key and further columns of the live rows of a shard."""
+        shard, dead = self.shards[number], self.dead(number)
+        rows = np.arange(shard.rows)
+        if dead is not None:
+            rows = np.flatnonzero(np.unpackbits(dead, count=shard.rows, bitorder="little") == 0)
+        own = pa.table({"id": shard.ids[rows], "key": pa.array(shard.keys(rows), pa.string())})
+        for name in columns:
+            own = own.append_column(name, shard.columns([name], rows)[name])
+        return own
+
+
+def _bound(best: scan.Nearest | None, k: int) -> NDArray[np.int32] | None:
+    """Distances beyond which nothing can enter the results so far; None while they are not full."""
+    if best is None or best.distances_QK.shape[1] < k:
+        return None
+    return np.where(best.counts_Q == k, best.distances_QK[:, k - 1], np.iinfo(np.int32).max - 1).astype(np.int32)
+
+
+class _timed:  # noqa: N801
+    """Observes the time of a phase of a search."""
+
+    def __init__(self, phase: str) -> None:
+        self._phase = phase
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        telemetry.SEARCH_SECONDS.observe(time.perf_counter() - self._started, phase=self._phase)

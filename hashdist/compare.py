@@ -8,6 +8,7 @@ more, and in images mode, deep methods go through the same stages as `hashdist p
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
@@ -57,11 +58,13 @@ def run(settings: Settings, options: CompareOptions) -> dict[str, Any]:
     share, of = _part(options.part)
     missing = list({cell.record: cell for cell in cells if not store.exists(cell.record)}.values())
     say(f"compare: {len(cells)} cells, {len(missing)} to compute" + (f", part {options.part}" if options.part else ""))
-    lab = _Lab(settings, options, corpus)
-    for number, cell in enumerate(missing[share::of]):
-        row = lab.compute(cell)
-        create_record(store, cell.record, finite(row))
-        say(f"compare: {number + 1}/{len(missing[share::of])} {_line(settings, row)}")
+    lab, todo = _Lab(settings, options, corpus), missing[share::of]
+    on_ray = _on_ray(settings) and any(cell.entry.deep for cell in todo)
+    with distributed.session(settings.cluster) if on_ray else nullcontext():  # one session for all cells
+        for number, cell in enumerate(todo):
+            row = lab.compute(cell)
+            create_record(store, cell.record, finite(row))
+            say(f"compare: {number + 1}/{len(todo)} {_line(settings, row)}")
     done = [cell for cell in cells if store.exists(cell.record)]
     rows = [{**read_record(store, cell.record), "name": cell.entry.name} for cell in done]
     return _written(settings, options, rows, len(cells))

@@ -8,10 +8,14 @@ A shard is up to four files, row-aligned, rows sorted by id:
 - `.keys.arrow`: the keys, Arrow IPC, mapped and read row by row: there is no map of all ids to keys.
 - `.columns.arrow`: content digest, labels and whatever else the caller gave; absent where nothing was given.
 
+The files of a shard have one name and differ by suffix, so that its entry in a manifest is short (`packed`); `parts`
+and `files` give the plain entries of its files back. Nothing else takes an entry apart.
+
 Files of a remote store are kept in a local cache folder under their SHA-256, and mapped there. Every file is
 checksummed when it is first opened in a process; a bad cache file is fetched again.
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -19,6 +23,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -36,6 +41,9 @@ from hashdist.store.commit import write_file
 
 _HEADER = struct.Struct("<4siiq?iQ")
 """faiss: "IBxF", bits, bytes per code, rows, is trained, metric, bytes of all codes."""
+
+SUFFIXES = {"codes": ".bin", "ids": ".npy", "keys": ".keys.arrow", "columns": ".columns.arrow"}
+"""Of the parts of a shard. Parts of other names, and parts that were written later, carry their whole path."""
 
 _HAMMING_METRIC = 1  # faiss writes METRIC_L2 for binary indexes
 _RANGE_BYTES = 8 << 20
@@ -78,20 +86,55 @@ def write_shard(store: Store, new_name: Callable[[str], str], rows: Rows) -> dic
         raise InvalidInput(f"{len(ids)} ids need as many codes and keys, found {len(rows.codes)} and {len(rows.keys)}")
     count = len(ids)
     keys = pa.table({"key": _chunked(rows.keys).cast(pa.large_string()).take(order)})
-    shard: dict[str, Any] = {
-        "rows": count,
-        "first_id": int(ids[0]),
-        "last_id": int(ids[-1]),
-        "codes": write_file(store, new_name(".bin"), faiss_flat(rows.codes[order]), count),
-        "ids": write_file(store, new_name(".npy"), _npy(ids), count),
-        "keys": write_file(store, new_name(".keys.arrow"), _ipc(keys), count),
+    base = new_name("")
+    written = {
+        "codes": write_file(store, base + SUFFIXES["codes"], faiss_flat(rows.codes[order]), count),
+        "ids": write_file(store, base + SUFFIXES["ids"], _npy(ids), count),
+        "keys": write_file(store, base + SUFFIXES["keys"], _ipc(keys), count),
     }
     if rows.columns.num_columns:
         if len(rows.columns) != count:
             raise InvalidInput(f"columns must have {count} rows like the codes, found {len(rows.columns)}")
         columns = _ipc(rows.columns.take(order))
-        shard["columns"] = write_file(store, new_name(".columns.arrow"), columns, count)
-    return shard
+        written["columns"] = write_file(store, base + SUFFIXES["columns"], columns, count)
+    return packed({"rows": count, "first_id": int(ids[0]), "last_id": int(ids[-1])}, written)
+
+
+def packed(about: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The entry of a shard: what is said of it, its `path` without suffix, and [bytes, sha256] of every part.
+
+    Checksums are base64 here: 10,000 shards must fit a manifest of 5 MB. A part that is not `path` + its suffix (one
+    that was written later, for example) has its own path as a third value.
+
+    Args:
+        about: rows, first_id, last_id, and whatever else; `path` and `parts` are replaced.
+        entries: plain entries of files of as many rows, by part; `codes` among them.
+    """
+    base = entries["codes"]["path"].removesuffix(SUFFIXES["codes"])
+    shortened = {}
+    for part, entry in entries.items():
+        short = base64.urlsafe_b64encode(bytes.fromhex(entry["sha256"])).decode().rstrip("=")
+        own = [] if entry["path"] == base + SUFFIXES.get(part, "") else [entry["path"]]
+        shortened[part] = [entry["bytes"], short, *own]
+    return {**about, "path": base, "parts": shortened}
+
+
+def parts(shard: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The plain entries {"path", "bytes", "sha256", "rows"} of a shard's files, by part: the inverse of `packed`."""
+    return {
+        part: {
+            "path": own[0] if own else shard["path"] + SUFFIXES[part],
+            "bytes": size,
+            "sha256": base64.urlsafe_b64decode(short + "=").hex(),
+            "rows": shard["rows"],
+        }
+        for part, (size, short, *own) in shard["parts"].items()
+    }
+
+
+def files(shard: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """The plain entries of a shard's files."""
+    return parts(shard).values()
 
 
 def faiss_flat(codes_NW: NDArray[np.uint8]) -> bytes:
@@ -119,11 +162,6 @@ def read_salts(store: Store, entry: Mapping[str, Any]) -> dict[str, int]:
     return salts
 
 
-def files(shard: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """The file entries of a shard."""
-    return (shard[part] for part in ("codes", "ids", "keys", "columns") if part in shard)
-
-
 class Shard:
     """A committed shard, opened piece by piece as it is needed.
 
@@ -137,7 +175,11 @@ class Shard:
         self._opened: dict[str, Any] = {}
         self._lock = threading.Lock()
         self.rows: int = entry["rows"]
-        self.name: str = entry["codes"]["path"]
+        self.name: str = entry["path"] + SUFFIXES["codes"]
+
+    @cached_property
+    def _files(self) -> dict[str, dict[str, Any]]:
+        return parts(self._entry)
 
     @property
     def codes(self) -> NDArray[np.uint8]:
@@ -157,7 +199,7 @@ class Shard:
 
     def columns(self, names: Sequence[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
         """Further columns of some rows, or of all; one that this shard has not is null throughout."""
-        here = self._table("columns").schema.names if "columns" in self._entry else []
+        here = self._table("columns").schema.names if "columns" in self._files else []
         count = self.rows if rows is None else len(rows)
         present = [name for name in names if name in here]
         table = self._take("columns", present, rows) if present else None
@@ -174,16 +216,16 @@ class Shard:
     def verify(self) -> None:
         """Open every file, which checks its bytes. Raises Corrupt, NotFound, Unavailable."""
         for part in ("keys", "columns"):
-            if part in self._entry and len(self._table(part)) != self.rows:
-                raise Corrupt(f"{self._store.uri}/{self._entry[part]['path']} must have {self.rows} rows; restore it")
+            if part in self._files and len(self._table(part)) != self.rows:
+                raise Corrupt(f"{self._store.uri}/{self._files[part]['path']} must have {self.rows} rows; restore it")
         _ = self.codes
         if (np.diff(self.ids) <= 0).any():
-            raise Corrupt(f"{self._store.uri}/{self._entry['ids']['path']} must hold ascending ids; restore it")
+            raise Corrupt(f"{self._store.uri}/{self._files['ids']['path']} must hold ascending ids; restore it")
 
     def _open(self, part: str, mapped: Callable[[Path], Any]) -> Any:
         with self._lock:
             if part not in self._opened:
-                self._opened[part] = mapped(local_file(self._store, self._entry[part]))
+                self._opened[part] = mapped(local_file(self._store, self._files[part]))
             return self._opened[part]
 
     def _table(self, part: str) -> pa.Table:

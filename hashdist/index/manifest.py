@@ -83,7 +83,7 @@ def files(manifest: Manifest) -> Iterator[Entry]:
         yield from part.get("salts", ())
     for entry in manifest.get("rewrites", {}).values():
         if entry is not None:
-            yield from shard_files(entry) if "codes" in entry else [entry]
+            yield from shard_files(entry) if "parts" in entry else [entry]
 
 
 def attempt_of(path: str) -> str:

@@ -108,8 +108,8 @@ class View:
         self.uri, self.number, self.manifest = log.uri, version.number, manifest
         self.log, self.version = log, version
         opened = {} if before is None else {shard.name: shard for shard in before.shards}
-        entries = manifest["shards"]
-        self.shards: list[Shard] = [opened.get(entry["codes"]["path"]) or Shard(log.store, entry) for entry in entries]
+        found = [Shard(log.store, entry) for entry in manifest["shards"]]
+        self.shards: list[Shard] = [opened.get(shard.name, shard) for shard in found]
         self._dead: dict[int, NDArray[np.uint8] | None] = {}
         self._lock = threading.Lock()
 

@@ -196,7 +196,7 @@ def test_faiss_opens_the_shards_and_its_row_is_the_row_of_the_ids(tmp_path: Path
     codes, keys = random_codes(50, bits), names(50)
     index = create_index(str(tmp_path / "index"), bits=bits)
     index.append(codes, keys)
-    entry = index.manifest["shards"][0]
+    entry = shards.parts(index.manifest["shards"][0])
     opened = faiss.read_index_binary(str(tmp_path / "index" / entry["codes"]["path"]))
     assert (opened.d, opened.ntotal) == (bits, 50)
     ids = np.load(tmp_path / "index" / entry["ids"]["path"])
@@ -443,7 +443,7 @@ def test_searches_from_many_threads(tmp_path: Path) -> None:
 def test_a_damaged_shard_is_found_when_it_is_opened(tmp_path: Path) -> None:
     index = create_index(str(tmp_path / "index"), bits=64)
     index.append(random_codes(100), names(100))
-    path = tmp_path / "index" / index.manifest["shards"][0]["codes"]["path"]
+    path = tmp_path / "index" / shards.parts(index.manifest["shards"][0])["codes"]["path"]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.chmod(0o600)
@@ -479,7 +479,7 @@ def test_bytes_that_are_not_the_committed_ones_are_refused(s3_endpoint: str, tmp
     uri = f"s3://hashdist/{tmp_path.name}-bad/index"
     index = create_index(uri, bits=64)
     index.append(random_codes(10), names(10))
-    name = index.manifest["shards"][0]["codes"]["path"]
+    name = shards.parts(index.manifest["shards"][0])["codes"]["path"]
     open_store(uri).put(name, b"something else")
     with pytest.raises(Corrupt, match="was committed, found"):
         open_index(uri).search(random_codes(1), 1)

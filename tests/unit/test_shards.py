@@ -1,5 +1,6 @@
 """What a shard and a version are made of, without a store's contract (see tests/contracts/test_index.py)."""
 
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hashdist import ids as ids_module
 from hashdist import shards
 from hashdist.errors import Corrupt, InvalidInput
 from hashdist.index import create_index, open_index, searcher
-from hashdist.shards import Rows, Shard, write_shard
+from hashdist.shards import Rows, Shard, files, packed, parts, write_shard
 from hashdist.store import open_store
 
 
@@ -52,7 +53,7 @@ def test_finding_ids(tmp_path: Path) -> None:
 
 def test_a_shard_opens_only_what_is_asked_for(tmp_path: Path) -> None:
     shard = written(tmp_path, rows_of(10))
-    for name in ("c.keys.arrow", "d.columns.arrow"):
+    for name in ("a.keys.arrow", "a.columns.arrow"):
         (tmp_path / name).unlink()
     assert len(shard.codes) == len(shard.ids) == 10
 
@@ -64,7 +65,7 @@ def test_a_file_that_is_not_what_the_manifest_says(tmp_path: Path, part: str) ->
     entries = iter("abcdefgh")
     ten, nine = (write_shard(store, lambda suffix: f"{next(entries)}{suffix}", rows_of(n)) for n in (10, 9))
     with pytest.raises(Corrupt, match="must"):
-        Shard(store, {**ten, part: nine[part]}).verify()
+        Shard(store, packed(ten, parts(ten) | {part: parts(nine)[part]})).verify()
 
 
 def test_bad_rows_are_refused(tmp_path: Path) -> None:
@@ -123,3 +124,16 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv("HASHDIST_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert shards.cache_folder() == tmp_path / ".cache" / "hashdist"
+
+
+def test_a_packed_entry_gives_its_files_back() -> None:
+    def entry(path: str) -> dict[str, object]:
+        return {"path": path, "bytes": len(path), "sha256": hashlib.sha256(path.encode()).hexdigest(), "rows": 7}
+
+    made = {"codes": entry("shards/a/b.bin"), "keys": entry("shards/a/b.keys.arrow"), "rerank": entry("rerank/c/d.npy")}
+    shard = packed({"rows": 7, "first_id": 1, "last_id": 9, "version": 3}, made)
+    assert parts(shard) == made
+    assert list(files(shard)) == list(made.values())
+    assert (shard["path"], shard["version"]) == ("shards/a/b", 3)
+    assert parts(packed(shard, parts(shard))) == made
+    assert len(shard["parts"]["codes"]) == len(shard["parts"]["keys"]) == 2

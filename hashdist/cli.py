@@ -9,7 +9,7 @@ import importlib
 import json
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -159,7 +159,7 @@ def parse(name: str, words: Sequence[str]) -> tuple[Settings, Any]:
     command = COMMANDS[name]
     if command.first and words and not words[0].startswith("-"):
         words = [f"--{command.first}", *words]
-    words = [_long(word, command.short) for word in words]
+    words = _spelled([_long(word, command.short) for word in words], [Settings, *filter(None, [command.options])])
     parser = ArgumentParser(prog=f"hashdist {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
@@ -180,6 +180,30 @@ def _long(word: str, section: str) -> str:
     known = {field.name for field in fields(getattr(Settings(), section))} if section else set()
     own = {"config", "json", *(field.name for field in fields(Settings))}
     return f"--{section}.{word.removeprefix('--')}" if word.startswith("--") and name in known - own else word
+
+
+def _spelled(words: Sequence[str], kinds: list[type]) -> list[str]:
+    """Flags as the dataclasses spell them: `--dry-run` alone stands for `--dry_run=true`."""
+    switches = {name for kind in kinds for name in _switches(kind, "")}
+    spelled = []
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            name = name.replace("-", "_").replace("__", "--", 1)
+            following = words[place + 1] if place + 1 < len(words) else ""
+            if not equals and name[2:] in switches and following.lower() not in ("true", "false"):
+                equals, value = "=", "true"
+        spelled.append(f"{name}{equals}{value}")
+    return spelled
+
+
+def _switches(kind: type, prefix: str) -> Iterator[str]:
+    """The settings that are true or false, by full name."""
+    for name, hint in get_type_hints(kind).items():
+        if hint is bool:
+            yield prefix + name
+        elif is_dataclass(hint) and isinstance(hint, type):
+            yield from _switches(hint, f"{prefix}{name}.")
 
 
 def _made(kind: type, given: Namespace) -> Any:
@@ -220,8 +244,10 @@ def _check_keys(data: dict[str, Any], kinds: list[type], path: str, prefix: str)
 
 
 def _show(result: dict[str, Any], as_json: bool) -> int:
+    """Print a result; returns its `exit_code`, which a command sets where what it looked at is not as it must be."""
+    code = int(result.pop("exit_code", 0))
     if as_json:
         print(json.dumps({k: v for k, v in result.items() if k != "text"}))  # noqa: T201
     else:
         print(result.get("text") or yaml.safe_dump(result, sort_keys=False).rstrip())  # noqa: T201
-    return 0
+    return code

@@ -197,9 +197,14 @@ class Shard:
         """The keys of some rows, or of all; reads no more than these."""
         return [str(key) for key in self._take("keys", ["key"], rows)["key"].to_pylist()]
 
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the further columns."""
+        return list(self._table("columns").schema.names) if "columns" in self._files else []
+
     def columns(self, names: Sequence[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
         """Further columns of some rows, or of all; one that this shard has not is null throughout."""
-        here = self._table("columns").schema.names if "columns" in self._files else []
+        here = self.column_names
         count = self.rows if rows is None else len(rows)
         present = [name for name in names if name in here]
         table = self._take("columns", present, rows) if present else None

@@ -15,6 +15,7 @@ from hashdist import scan, telemetry
 from hashdist.bits import BIT_ORDER
 from hashdist.errors import Corrupt, InvalidInput
 from hashdist.ids import image_ids
+from hashdist.index.filters import Filter, Searched, Selection, Selections
 from hashdist.shards import Shard, local_file, read_salts
 from hashdist.store.commit import Log, Version
 
@@ -111,6 +112,7 @@ class View:
         found = [Shard(log.store, entry) for entry in manifest["shards"]]
         self.shards: list[Shard] = [opened.get(shard.name, shard) for shard in found]
         self._dead: dict[int, NDArray[np.uint8] | None] = {}
+        self._selections = Selections()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["View"], tuple[Log, Version]]:
@@ -138,12 +140,30 @@ class View:
 
     # Searching
 
-    def nearest(self, queries_QW: NDArray[np.uint8], k: int) -> scan.Nearest:
-        """The k nearest live rows by (distance, id); "rows" of the result are ids."""
+    def selection(self, where: Filter) -> Selection:
+        """A filter evaluated against this version; the last few are kept. Raises InvalidInput."""
+        return self._selections.of(self, where)
+
+    def matching(self, where: Filter | None) -> int:
+        """Number of live rows that match a filter; of all live rows without one."""
+        return int(self.manifest["rows"]) if where is None else self.selection(where).rows
+
+    def searched(self, number: int, where: Filter | None) -> Searched:
+        """What of a shard is scanned: its codes and ids, or copies of those that match where they are few."""
+        shard = self.shards[number]
+        if where is None:
+            return Searched(shard.codes, shard.ids, self.dead(number))
+        selection = self.selection(where)
+        return selection.copies.get(number) or Searched(shard.codes, shard.ids, selection.shards[number])
+
+    def nearest(self, queries_QW: NDArray[np.uint8], k: int, where: Filter | None = None) -> scan.Nearest:
+        """The k nearest live rows that match by (distance, id), k of them; "rows" of the result are ids."""
         best: scan.Nearest | None = None
-        for number, shard in enumerate(self.shards):
+        for number in range(len(self.shards)):
             with _timed("load"):
-                codes_NW, ids_N, dead = shard.codes, shard.ids, self.dead(number)
+                codes_NW, ids_N, dead = self.searched(number, where)
+            if not len(ids_N):
+                continue
             with _timed("scan"):
                 found = scan.nearest(codes_NW, queries_QW, k, dead=dead, bound_Q=_bound(best, k))
             with _timed("merge"):
@@ -151,16 +171,17 @@ class View:
                 found = scan.Nearest(found.distances_QK, ids_QK, found.counts_Q)
                 best = found if best is None else scan.merge(best, found, k)
         if best is None or (best.counts_Q != k).any():
-            raise Corrupt(f"{self.uri}, version {self.number} must hold {self.manifest['rows']} live rows; verify it")
+            raise Corrupt(f"{self.uri}, version {self.number} must hold {self.matching(where)} such rows; verify it")
         return scan.Nearest(best.distances_QK[:, :k], best.rows_QK[:, :k], best.counts_Q)
 
-    def within(self, queries_QW: NDArray[np.uint8], radius: int) -> Matches:
-        """Every live row within the radius of each query."""
+    def within(self, queries_QW: NDArray[np.uint8], radius: int, where: Filter | None = None) -> Matches:
+        """Every live row that matches within the radius of each query."""
         parts = []
-        for number, shard in enumerate(self.shards):
-            ball = scan.within(shard.codes, queries_QW, radius, dead=self.dead(number))
+        for number in range(len(self.shards)):
+            codes_NW, ids_N, dead = self.searched(number, where)
+            ball = scan.within(codes_NW, queries_QW, radius, dead=dead)
             query = np.repeat(np.arange(len(queries_QW)), np.diff(ball.offsets))
-            parts.append((query, ball.distances, shard.ids[ball.rows]))
+            parts.append((query, ball.distances, ids_N[ball.rows]))
         if not parts:
             return Matches(np.zeros(len(queries_QW) + 1, np.int64), np.empty(0, np.int64), np.empty(0, np.int32), self)
         query, distances, ids = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -27,8 +27,12 @@ from hashdist.settings import (
     ProtocolOptions,
     QuickstartOptions,
     ReportOptions,
+    RollbackOptions,
     SearchOptions,
     Settings,
+    StorageOptions,
+    TagOptions,
+    VacuumOptions,
 )
 
 
@@ -67,6 +71,16 @@ COMMANDS = {
     "encode": _stage("encode", "codes of the whole collection"),
     "index build": _stage("index", "build the sharded index from the codes"),
     "index log": Command("the versions of an index", "hashdist.commands:index_log"),
+    "index tag": Command(
+        "name a version, which then stays", "hashdist.commands:index_tag", options=TagOptions, first="name"
+    ),
+    "index rollback": Command(
+        "a new version with the content of an older one", "hashdist.commands:index_rollback", options=RollbackOptions
+    ),
+    "index verify": Command("read and check every byte of every kept version", "hashdist.commands:index_verify"),
+    "index vacuum": Command(
+        "expire old versions, and delete what nothing needs", "hashdist.commands:index_vacuum", options=VacuumOptions
+    ),
     "search": Command("search by image, key or code", "hashdist.commands:search", options=SearchOptions),
     "evaluate": _stage("evaluate", "mAP, precision and recall by a protocol"),
     "compare": Command(
@@ -92,7 +106,12 @@ COMMANDS = {
         "hashdist.commands:dataset_convert",
         options=ConvertOptions,
     ),
-    "storage check": Command("prove that a store refuses a second create", "hashdist.commands:storage_check"),
+    "storage check": Command(
+        "prove what a store must do to be written to",
+        "hashdist.commands:storage_check",
+        options=StorageOptions,
+        first="uri",
+    ),
 }
 
 

@@ -31,8 +31,8 @@ img{{height:96px;image-rendering:auto}}figcaption{{max-width:12em;overflow-wrap:
 """
 
 
-def index_of(settings: Settings, version: int = 0) -> Index:
-    """The index that the settings name, at `version` (0 = the newest). Raises InvalidInput if they name none."""
+def index_of(settings: Settings, version: int | str = 0) -> Index:
+    """The index that the settings name, at `version` (a number or tag; 0 = the newest). Raises InvalidInput."""
     if not settings.index.uri and not settings.root:
         raise InvalidInput(
             "an index is required, found none; give --index.uri URI, or --root URI and --index.name NAME"

@@ -197,11 +197,18 @@ class IndexSettings:
         name: the index lives at ROOT/indexes/NAME.
         uri: a full URI instead of ROOT/indexes/NAME.
         shard_rows: rows per shard file at most.
+        compact_dead_share: compaction is due when more than this share of all rows is deleted or replaced, and writes
+            every shard again of which more than this share is.
+        compact_small_shards: compaction is due at so many small shards (or files of deletions), and merges them.
+        compact_small_share: a shard of fewer rows than this share of shard_rows is small.
     """
 
     name: str = "images"
     uri: str = ""
     shard_rows: int = 8_000_000
+    compact_dead_share: float = 0.2
+    compact_small_shards: int = 16
+    compact_small_share: float = 0.25
 
     def location(self, root: str) -> str:
         """URI of the index: its own, or ROOT/indexes/NAME."""
@@ -291,7 +298,7 @@ class SearchOptions:
     """What to search for, and how to show it.
 
     Args:
-        version: an older version of it; 0 = the newest.
+        version: an older version of it, by number or tag; 0 = the newest.
         image: image file to search with; needs the model that the index names, or --model.
         key: key of an image in the index to search with.
         code: code to search with, as hexadecimal bytes.
@@ -300,13 +307,71 @@ class SearchOptions:
         html: write the results as a sheet of pictures to this file as well.
     """
 
-    version: int = 0
+    version: int | str = 0
     image: str = ""
     key: str = ""
     code: str = ""
     model: str = ""
     k: int = 10
     html: str = ""
+
+
+@dataclass(frozen=True)
+class TagOptions:
+    """A name for a version, which no clean-up expires while it has one.
+
+    Args:
+        name: of the tag; not a number.
+        version: the version to name; 0 = the newest.
+        delete: remove the tag instead.
+    """
+
+    name: str = ""
+    version: int = 0
+    delete: bool = False
+
+
+@dataclass(frozen=True)
+class RollbackOptions:
+    """Which version's content becomes that of a new version.
+
+    Args:
+        to: its number, or a tag.
+    """
+
+    to: int | str = 0
+
+
+@dataclass(frozen=True)
+class VacuumOptions:
+    """What a clean-up may take.
+
+    Args:
+        older_than: versions that were superseded, and unfinished uploads that were begun, longer ago than this: a
+            number with s, m, h, d or w.
+        dry_run: print what would go, change nothing.
+        force: allow less than an hour, under which searches and builds that are running lose their files.
+        artefacts: also what no kept version was made from (listings, features, graphs, models, codes), and what
+            training runs left behind.
+        keep: artefacts to keep nevertheless, by URI or name.
+    """
+
+    older_than: str = "7d"
+    dry_run: bool = False
+    force: bool = False
+    artefacts: bool = False
+    keep: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """Which store is checked.
+
+    Args:
+        uri: folder or s3:// URI; empty = the root.
+    """
+
+    uri: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,28 @@ Content is what a search answers from; it is what a rollback restores and what a
 log goes from every version to the next. Everything else says how this one version came about.
 
 Content: `bits`, `bit_order`, `model`, `model_uri`, `collection`, `built_from`, `failed_in`, `rows` (live ones),
-`shards`, `tombstones`, `salts` (the last three are entries of files, each with the `version` it joined the index in).
+`shards`, `tombstones`, `salts` (the last three are entries of files, each with the `version` it joined the index in),
+`quality` (what the last gate measured of it).
 
 Kept: `tags` (name: version), `expired` (ranges of version numbers whose files may be gone), `revoked` (attempts whose
 files may be gone: nothing of theirs can be committed any more), `candidate` (content that waits for promotion; absent
-if there is none), `rewrites` (files of older versions that were written again, by path).
+if there is none), `rewrites` (files of older versions that were written again, by path), `probes` (entry of the
+gate's probe set).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hashdist.bits import BIT_ORDER
-from hashdist.errors import Conflict
+from hashdist.errors import Conflict, NotFound
 from hashdist.shards import files as shard_files
 from hashdist.store.commit import Version
 
 CONTENT = (
     "bits", "bit_order", "model", "model_uri", "collection", "built_from", "failed_in",
-    "rows", "shards", "tombstones", "salts",
+    "rows", "shards", "tombstones", "salts", "quality",
 )  # fmt: skip
-KEPT = ("tags", "expired", "revoked", "candidate", "rewrites")
+KEPT = ("tags", "expired", "revoked", "candidate", "rewrites", "probes")
 
 Manifest = Mapping[str, Any]
 Entry = Mapping[str, Any]
@@ -81,6 +83,8 @@ def files(manifest: Manifest) -> Iterator[Entry]:
             yield from shard_files(shard)
         yield from part.get("tombstones", ())
         yield from part.get("salts", ())
+    if manifest.get("probes"):
+        yield manifest["probes"]
     for entry in manifest.get("rewrites", {}).values():
         if entry is not None:
             yield from shard_files(entry) if "parts" in entry else [entry]
@@ -89,3 +93,49 @@ def files(manifest: Manifest) -> Iterator[Entry]:
 def attempt_of(path: str) -> str:
     """The attempt that wrote a data file: <folder>/<attempt>/<name>."""
     return path.split("/")[1]
+
+
+def is_expired(head: Manifest, number: int) -> bool:
+    """Whether the files of a version may be gone, by the newest version's record."""
+    return any(start <= number <= stop for start, stop in head.get("expired", ()))
+
+
+def resolve(head: Manifest, wanted: int | str) -> int:
+    """The number of a version that can be opened.
+
+    Args:
+        head: record of the newest version.
+        wanted: a number, or the name of a tag.
+
+    Raises:
+        NotFound: there is no such version or tag, or it was vacuumed.
+    """
+    tags = head.get("tags", {})
+    if isinstance(wanted, str) and not wanted.isdecimal():
+        if wanted not in tags:
+            known = f"the tags are {', '.join(sorted(tags))}" if tags else "there are no tags; use a number"
+            raise NotFound(f"the index has no tag {wanted!r}; {known} (`hashdist index log` shows all)")
+        wanted = tags[wanted]
+    number, newest = int(wanted), int(head["number"])
+    if not 1 <= number <= newest:
+        raise NotFound(f"the index has no version {number}; the versions are 1 to {newest}")
+    if is_expired(head, number):
+        left = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in ranges(kept_numbers(head)))
+        raise NotFound(f"version {number} was vacuumed, its files may be gone; the versions that remain are {left}")
+    return number
+
+
+def kept_numbers(head: Manifest) -> list[int]:
+    """The versions that are not expired, ascending."""
+    return [number for number in range(1, int(head["number"]) + 1) if not is_expired(head, number)]
+
+
+def ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """Distinct numbers as [first, last] runs, ascending."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return runs

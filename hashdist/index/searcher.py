@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from hashdist import telemetry
 from hashdist.bits import check_bits
 from hashdist.errors import AlreadyExists, Conflict, InvalidInput, NotFound
+from hashdist.index import filters, promotion
 from hashdist.index.change import Applied, Change, OnExisting, Plan, checked_columns, checked_keys, some
-from hashdist.index.manifest import CONTENT, first, stamped, successor
+from hashdist.index.filters import Filter
+from hashdist.index.manifest import CONTENT, first, is_expired, resolve, stamped, successor
+from hashdist.index.promotion import Gate
 from hashdist.index.view import Hits, Matches, View
 from hashdist.order import blocks
 from hashdist.shards import Rows, write_ids, write_salts, write_shard
@@ -49,17 +52,19 @@ def create_index(uri: str, bits: int, model: str | None = None) -> "Index":
     return Index(log, version)
 
 
-def open_index(uri: str, version: int | None = None) -> "Index":
-    """The index at `uri`: its newest version, or an older one, which can only be read.
+def open_index(uri: str, version: int | str | None = None, *, candidate: bool = False) -> "Index":
+    """The index at `uri`: its newest version, or to read only an older one (by number or tag) or the candidate.
 
-    Raises NotFound, or InvalidInput where something else than an index lies there.
+    Raises NotFound, for a version that was vacuumed too, or InvalidInput where something else than an index lies there.
     """
     log = Log(open_store(uri))
-    if version is not None:
-        return Index(log, log.read(version), writable=False)
     newest = log.latest()
     if newest is None:
         raise NotFound(f"{log.uri} holds no index; make one with create_index or `hashdist index build`")
+    if version is not None:
+        return Index(log, log.read(resolve(newest.manifest, version)), writable=False)
+    if candidate:
+        return Index(log, promotion.as_content(newest, log.uri), writable=False)
     return Index(log, newest)
 
 
@@ -167,46 +172,51 @@ class Index:
         return self._log
 
     def log(self) -> list[dict[str, Any]]:
-        """Every version up to now: version, created_at, operation, rows, shards."""
-        found = (self._log.read(number) for number in self._log.numbers())
+        """Every version up to now: version, created_at, operation, rows, shards, tags, expired (files may be gone)."""
+        found = [self._log.read(number) for number in self._log.numbers()]
+        head = found[-1].manifest
         return [
             {
                 "version": version.number,
                 **{name: version.manifest[name] for name in ("created_at", "operation", "rows")},
                 "shards": len(version.manifest["shards"]),
+                "tags": sorted(tag for tag, number in head.get("tags", {}).items() if number == version.number),
+                "expired": is_expired(head, version.number),
             }
             for version in found
         ]
 
     # Reading
 
-    def search(self, codes: NDArray[np.uint8], k: int) -> Hits:
+    def search(self, codes: NDArray[np.uint8], k: int, where: Filter | str | None = None) -> Hits:
         """The k nearest images of every code, exactly, in (distance, id) order.
 
         Args:
             codes: uint8 [Q, L/8].
-            k: results per code; cut to the number of rows.
+            k: results per code; cut to the number of rows that match.
+            where: only rows that match this filter (hashdist/index/filters.py), which may be given as text.
 
         Raises:
             InvalidInput: codes of another length or type, k < 1. Corrupt, NotFound, Unavailable: a shard's file.
         """
-        view, queries_QW = self._view, self._codes(codes)
+        view, queries_QW, where = self._view, self._codes(codes), _filter(where)
         if not isinstance(k, int | np.integer) or k < 1:
             raise InvalidInput(f"k must be a whole number of at least 1, found {k!r}")
-        k = min(int(k), int(view.manifest["rows"]))
+        k = min(int(k), view.matching(where))
         if not k:
             return Hits(np.empty((len(queries_QW), 0), np.int64), np.empty((len(queries_QW), 0), np.int32), view)
-        found = [view.nearest(queries_QW[a:b], k) for a, b in blocks(len(queries_QW), max(1, _RESULTS_AT_ONCE // k))]
+        spans = blocks(len(queries_QW), max(1, _RESULTS_AT_ONCE // k))
+        found = [view.nearest(queries_QW[a:b], k, where) for a, b in spans]
         if not found:
             return Hits(np.empty((0, k), np.int64), np.empty((0, k), np.int32), view)
         return Hits(np.concatenate([f.rows_QK for f in found]), np.concatenate([f.distances_QK for f in found]), view)
 
-    def search_within(self, codes: NDArray[np.uint8], radius: int) -> Matches:
+    def search_within(self, codes: NDArray[np.uint8], radius: int, where: Filter | str | None = None) -> Matches:
         """Every image within a Hamming distance of `radius` of each code. Arguments and errors as in `search`."""
-        view, queries_QW = self._view, self._codes(codes)
+        view, queries_QW, where = self._view, self._codes(codes), _filter(where)
         if not isinstance(radius, int | np.integer) or radius < 0:
             raise InvalidInput(f"the radius must be a whole number of at least 0, found {radius!r}")
-        return view.within(queries_QW, int(radius))
+        return view.within(queries_QW, int(radius), where)
 
     def codes_of(self, keys: Sequence[str]) -> NDArray[np.uint8]:
         """The codes of these images, uint8 [N, L/8]. Raises NotFound for keys that are not in the index."""
@@ -274,6 +284,7 @@ class Index:
         on_existing: OnExisting = "replace",
         operation: str = "apply",
         lineage: Mapping[str, Any] | None = None,
+        gate: Gate | None = None,
     ) -> Applied:
         """Add, change and remove images in one commit, or in none where there is nothing to do.
 
@@ -281,8 +292,9 @@ class Index:
             removed: keys to remove; none of them among `keys`.
             operation: what the log calls it.
             lineage: fields for the manifest: what the rows were made from.
+            gate: looks at the result before it is committed (hashdist/index/promotion.py).
 
-        The rest as in `append`.
+        The rest as in `append`. Raises also Refused: the gate did not pass, and the result waits as a candidate.
         """
         self._must_be_writable()
         digest, model_uri = _model(model)
@@ -297,7 +309,7 @@ class Index:
         )
         change.check()
         proposal = _Apply(self._log, change)
-        committed = self.transact(proposal)
+        committed = self.transact(proposal, gate)
         if committed is None:
             return Applied(self.version, 0, 0, 0, proposal.plan.unknown)
         return proposal.plan.applied(committed)
@@ -311,6 +323,7 @@ class Index:
         model: str,
         model_uri: str,
         lineage: Mapping[str, Any],
+        gate: Gate | None = None,
     ) -> int:
         """Replace all content by shards that were written already (by many tasks, for example), in one commit.
 
@@ -321,14 +334,20 @@ class Index:
             model: digest of the model that made the codes.
             model_uri: where it is committed.
             lineage: further fields for the manifest.
+            gate: looks at the result before it is committed (hashdist/index/promotion.py).
 
-        Returns: the new version. Raises Conflict when any other change was committed since this version.
+        Returns: the new version.
+
+        Raises:
+            Conflict: any other change was committed since this version.
+            Refused: the gate did not pass; what was served is served, and the new content waits as a candidate.
         """
         content = {
             "bits": check_bits(bits),
             "model": model,
             "model_uri": model_uri,
             "tombstones": [],
+            "quality": None,
             "rows": sum(shard["rows"] for shard in shards),
             **{name: value for name, value in lineage.items() if name in CONTENT},
         }
@@ -342,24 +361,26 @@ class Index:
             new = {"shards": stamped(shards, view.number + 1), "salts": stamped(salted, view.number + 1)}
             return successor(view.version, "build", content | new, **about)
 
-        self.transact(propose)
+        self.transact(propose, gate)
         return self.version
 
     # Committing
 
-    def transact(self, propose: "Propose") -> int | None:
+    def transact(self, propose: "Propose", gate: Gate | None = None) -> int | None:
         """Commit what `propose` makes of this version; of the newest one, again, while other writers are first.
 
         Args:
             propose: called with a view and how often it was called before; returns the record of the next version
                 (`manifest.successor`), or None where nothing is to be done upon that view. Files that the record
                 names are written by then. It raises Conflict where what other writers did cannot be built upon.
+            gate: decides whether the record is committed or waits as a candidate.
 
         Returns:
             The committed version's number, None where there was nothing to do. This object has moved to it.
 
         Raises:
-            Conflict: other writers were always first. Else as `Log.commit` and `propose`.
+            Conflict: other writers were always first. Refused: the gate did not pass; a version with the candidate was
+                committed, to which this object has moved. Else as `Log.commit` and `propose`.
         """
         self._must_be_writable()
         view = self._view
@@ -368,6 +389,8 @@ class Index:
             if record is None:
                 self._advance(view)
                 return None
+            if gate is not None:
+                record = promotion.gated(view, record, gate)
             try:
                 version = self._log.commit(record, view.number)
             except CommitLost:
@@ -375,6 +398,8 @@ class Index:
                 view = View(self._log, self._newest(), view)
                 continue
             self._advance(View(self._log, version, view))
+            if gate is not None and "candidate" in record:
+                raise promotion.refused(self.uri, record["candidate"]["gate"])
             return version.number
         raise Conflict(f"{self.uri}: other writers were first in {_TRIES} tries; run again when it is quieter")
 
@@ -467,3 +492,7 @@ def _model(model: str | None) -> tuple[str | None, str | None]:
         return model, None
     artefact = open_artefact(model, "models")
     return str(artefact.manifest()["model_digest"]), artefact.uri
+
+
+def _filter(where: Filter | str | None) -> Filter | None:
+    return filters.parse(where) if isinstance(where, str) else where

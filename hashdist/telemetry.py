@@ -5,9 +5,11 @@ that means: nothing (the default), `ray.util.metrics` inside Ray processes (hash
 prometheus_client for a driver or a batch job, over HTTP or to a push gateway.
 """
 
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import prometheus_client
 
@@ -89,12 +91,64 @@ COMMIT_RETRIES = Metric(
 INDEX_VERSION = Metric("hashdist_index_version", "gauge", "Version last committed or opened.")
 INDEX_ROWS = Metric("hashdist_index_rows", "gauge", "Live rows of that version.")
 INDEX_SHARDS = Metric("hashdist_index_shards", "gauge", "Shards of that version.")
+GATES = Metric("hashdist_index_gates_total", "counter", "Gates by outcome: passed, refused.", ("outcome",))
+INDEX_DEAD_ROWS = Metric("hashdist_index_dead_rows", "gauge", "Rows of that version that are deleted or replaced.")
+INDEX_SMALL_SHARDS = Metric("hashdist_index_small_shards", "gauge", "Small shards of that version.")
+COMPACTIONS = Metric("hashdist_index_compactions_total", "counter", "Compactions committed.")
+PURGED = Metric("hashdist_purged_rows_total", "counter", "Rows erased from all versions of indexes.")
+STORE_REQUESTS = Metric(
+    "hashdist_store_requests_total", "counter", "Requests to stores, by operation, repeats included.", ("operation",)
+)
+STORE_BYTES = Metric("hashdist_store_bytes_total", "counter", "Bytes read from and written to stores.", ("direction",))
 SEARCH_SECONDS = Metric(
     "hashdist_search_seconds", "histogram", "Time of a search by phase: load, scan, merge.", ("phase",)
 )
 
 DECLARED: dict[str, Metric] = {m.name: m for m in list(globals().values()) if isinstance(m, Metric)}
 """All metrics by name."""
+
+
+class Traffic(NamedTuple):
+    """Requests and bytes that this process has exchanged with stores; differences of two are of the time between.
+
+    Attributes:
+        requests: by operation: get, put, create, list (a page, or a folder), head, delete.
+        read: bytes.
+        written: bytes.
+    """
+
+    requests: Counter[str]
+    read: int
+    written: int
+
+    def since(self, before: "Traffic") -> "Traffic":
+        """What came after `before`."""
+        return Traffic(self.requests - before.requests, self.read - before.read, self.written - before.written)
+
+
+_requests: Counter[str] = Counter()
+_moved: Counter[str] = Counter()
+_counting = threading.Lock()
+
+
+def traffic() -> Traffic:
+    """The traffic of this process up to now."""
+    with _counting:
+        return Traffic(Counter(_requests), _moved["read"], _moved["written"])
+
+
+def count_request(operation: str) -> None:
+    """Count a request to a store. Every store calls this, and nothing else does."""
+    with _counting:
+        _requests[operation] += 1
+    STORE_REQUESTS.inc(operation=operation)
+
+
+def count_bytes(direction: Literal["read", "written"], count: int) -> None:
+    """Count bytes that a store has given or taken."""
+    with _counting:
+        _moved[direction] += count
+    STORE_BYTES.inc(count, direction=direction)
 
 
 class PrometheusSink:

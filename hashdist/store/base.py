@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pyarrow.fs
 
-from hashdist.errors import HashdistError, InvalidInput, Unavailable
+from hashdist.errors import HashdistError, InvalidInput, NotFound, Unavailable
 
 
 class Entry(NamedTuple):
@@ -74,6 +74,13 @@ class Store(ABC):
 
         In the order of the names' UTF-8 bytes. A folder that does not exist is empty.
         """
+
+    def stat(self, name: str) -> Entry:
+        """The object's entry in a listing, by one request. Raises NotFound, Unavailable."""
+        found = next(self.list(name), None)
+        if found is None or found.name != name:
+            raise NotFound(f"{self.uri}/{name} does not exist")
+        return found
 
     @abstractmethod
     def exists(self, name: str) -> bool:

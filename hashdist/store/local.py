@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pyarrow.fs
 
+from hashdist import telemetry
 from hashdist.errors import AlreadyExists, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from hashdist.store.base import Entry, Exists, Store, checked_name
 
@@ -66,25 +67,41 @@ class LocalStore(Store):
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """See Store."""
+        telemetry.count_request("get")
         with _reading(self.uri, name), self.local_path(name).open("rb") as file:
             file.seek(start)
-            return file.read() if length is None else file.read(length)
+            data = file.read() if length is None else file.read(length)
+        telemetry.count_bytes("read", len(data))
+        return data
+
+    def stat(self, name: str) -> Entry:
+        """See Store."""
+        telemetry.count_request("head")
+        with _reading(self.uri, name):
+            path = self.local_path(name)
+            if not path.is_file():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            return _entry(name, path.stat())
 
     def exists(self, name: str) -> bool:
         """See Store."""
+        telemetry.count_request("head")
         return self.local_path(name).is_file()
 
     def delete(self, name: str) -> None:
         """See Store."""
+        telemetry.count_request("delete")
         with _writing(self.uri, name):
             self.local_path(name).unlink(missing_ok=True)
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """See Store. Raises AlreadyExists for a name in use: nothing is ever overwritten."""
+        telemetry.count_request("put")
         self._put(name, [data])
 
     def put_file(self, name: str, path: Path) -> None:
         """See Store."""
+        telemetry.count_request("put")
         with path.open("rb") as source:
             self._put(name, iter(lambda: source.read(8 << 20), b""))
 
@@ -98,6 +115,7 @@ class LocalStore(Store):
 
     def create(self, name: str, data: bytes, write_id: str) -> None:  # noqa: ARG002 (the body carries the write id)
         """See Store."""
+        telemetry.count_request("create")
         self._land(name, [data])
 
     def _land(self, name: str, pieces: "Iterator[bytes] | list[bytes | memoryview]") -> None:
@@ -108,7 +126,7 @@ class LocalStore(Store):
             try:
                 with temporary.open("xb") as file:
                     for piece in pieces:
-                        file.write(piece)
+                        telemetry.count_bytes("written", file.write(piece))
                     file.flush()
                     os.fsync(file.fileno())
                 _link(temporary, final)
@@ -131,6 +149,7 @@ class LocalStore(Store):
 
 
 def _walk(folder: Path, base: str, prefix: bytes, after: bytes, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
+    telemetry.count_request("list")
     try:
         status = folder.stat()
         with os.scandir(folder) as scan:
@@ -151,8 +170,11 @@ def _walk(folder: Path, base: str, prefix: bytes, after: bytes, above: frozenset
                 yield from _walk(folder / entry.name, base + name, prefix, after, above | {here})
         elif full.startswith(prefix) and full > after and not name.startswith(TEMPORARY):
             with suppress(FileNotFoundError):  # gone since the folder was read, or a link to nothing
-                stat = entry.stat()
-                yield Entry(base + name, stat.st_size, str(stat.st_mtime_ns), stat.st_mtime)
+                yield _entry(base + name, entry.stat())
+
+
+def _entry(name: str, status: os.stat_result) -> Entry:
+    return Entry(name, status.st_size, str(status.st_mtime_ns), status.st_mtime)
 
 
 def _link(temporary: Path, final: Path) -> None:

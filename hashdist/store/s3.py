@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs
 
+from hashdist import telemetry
 from hashdist.errors import HashdistError, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from hashdist.store.base import Contended, Entry, Exists, Store, checked_name, joined
 
@@ -30,6 +31,7 @@ _ENVIRONMENT = (
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
 )
+_OPERATIONS = {"GetObject": "get", "HeadObject": "head", "ListObjectsV2": "list", "DeleteObject": "delete"}
 _NO_OBJECT = {"NoSuchKey", "404", "NotFound"}
 _BUSY = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestTimeTooSkewed", "TooManyRequests"}
 _opening = threading.Lock()
@@ -81,7 +83,9 @@ class S3Store(Store):
         for attempt in range(_ATTEMPTS):
             try:
                 with _errors(f"{self.uri}/{name}", writes=False):
-                    return _client().get_object(Bucket=self._bucket, Key=self._key(name), **span)["Body"].read()
+                    data = _client().get_object(Bucket=self._bucket, Key=self._key(name), **span)["Body"].read()
+                telemetry.count_bytes("read", len(data))
+                return data
             except _PastTheEnd:
                 break
             except _CutShort:  # botocore repeats requests, but not the reading of an answer that has begun
@@ -93,11 +97,13 @@ class S3Store(Store):
         """See Store."""
         with _errors(f"{self.uri}/{name}", writes=True):
             _client().put_object(Bucket=self._bucket, Key=self._key(name), Body=bytes(data))
+        telemetry.count_bytes("written", len(data))
 
     def put_file(self, name: str, path: Path) -> None:
         """See Store. Large files go up in parts, and appear when the last one has landed."""
         with _errors(f"{self.uri}/{name}", writes=True), path.open("rb") as file:
             _client().upload_fileobj(file, self._bucket, self._key(name))
+        telemetry.count_bytes("written", path.stat().st_size)
 
     def create(self, name: str, data: bytes, write_id: str) -> None:
         """See Store."""
@@ -110,6 +116,7 @@ class S3Store(Store):
                 ContentType="application/json",
                 Metadata={"write-id": write_id},
             )
+        telemetry.count_bytes("written", len(data))
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[Entry]:
         """See Store."""
@@ -127,11 +134,16 @@ class S3Store(Store):
                         stamp = found["ETag"].strip('"')
                         yield Entry(found["Key"][len(base) :], found["Size"], stamp, found["LastModified"].timestamp())
 
+    def stat(self, name: str) -> Entry:
+        """See Store."""
+        with _errors(f"{self.uri}/{name}", writes=False):
+            found = _client().head_object(Bucket=self._bucket, Key=self._key(name))
+        return Entry(name, found["ContentLength"], found["ETag"].strip('"'), found["LastModified"].timestamp())
+
     def exists(self, name: str) -> bool:
         """See Store."""
         try:
-            with _errors(f"{self.uri}/{name}", writes=False):
-                _client().head_object(Bucket=self._bucket, Key=self._key(name))
+            self.stat(name)
         except NotFound:
             return False
         return True
@@ -174,9 +186,18 @@ def _open_client(pid: int, environment: tuple[str | None, ...]) -> "S3Client":  
         )
         region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
         try:
-            return session.client("s3", config=config, region_name=region)
+            client = session.client("s3", config=config, region_name=region)
         except ValueError as error:
             raise InvalidInput(f"AWS_ENDPOINT_URL must read http(s)://host[:port]: {error}") from error
+        client.meta.events.register("before-send.s3", _count)
+        return client
+
+
+def _count(request: Any, event_name: str, **_: Any) -> None:
+    """Called by botocore before each request that goes out, repeats included."""
+    operation = event_name.rpartition(".")[2]
+    conditional = operation == "PutObject" and "If-None-Match" in request.headers
+    telemetry.count_request("create" if conditional else _OPERATIONS.get(operation, "put"))
 
 
 @lru_cache(maxsize=8)

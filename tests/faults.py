@@ -31,6 +31,7 @@ class FaultyStore(Store):
         inner: the store that works.
         creates: the fate of each create, one of CREATE_FAULTS or "crash" (before) or "crash-after"; "ok" at the end.
         reads: of each get, "ok" or "away".
+        puts: of each put, "ok", "lost", "late", "twice" or "away", as for creates.
         calls: called with the name of every operation before it happens.
     """
 
@@ -40,14 +41,15 @@ class FaultyStore(Store):
         creates: list[str] | None = None,
         reads: list[str] | None = None,
         calls: Callable[[str], None] = lambda name: None,
+        puts: list[str] | None = None,
     ) -> None:
         self.inner, self.uri = inner, inner.uri
-        self.creates, self.reads, self.calls = creates or [], reads or [], calls
+        self.creates, self.reads, self.calls, self.puts = creates or [], reads or [], calls, puts or []
         self.late: list[tuple[Store, str, bytes, str]] = []
 
     def child(self, path: str) -> Store:
         child = FaultyStore(self.inner.child(path), calls=self.calls)
-        child.creates, child.reads, child.late = self.creates, self.reads, self.late
+        child.creates, child.reads, child.puts, child.late = self.creates, self.reads, self.puts, self.late
         return child
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
@@ -86,11 +88,20 @@ class FaultyStore(Store):
         while self.late:
             store, name, data, write_id = self.late.pop(0)
             with suppress(Exists):
-                store.create(name, data, write_id)
+                store.create(name, data, write_id) if write_id else store.put(name, data)
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         self.calls("put")
-        self.inner.put(name, data)
+        fate = self.puts.pop(0) if self.puts else "ok"
+        if fate == "away":
+            raise Unavailable("503")
+        if fate == "late":
+            self.late.append((self.inner, name, bytes(data), ""))
+            raise OutcomeUnknown("timed out on its way")
+        for _ in range(2 if fate == "twice" else 1):
+            self.inner.put(name, data)
+        if fate == "lost":
+            raise OutcomeUnknown("carried out, and the answer lost")
 
     def put_file(self, name: str, path: Path) -> None:
         self.calls("put_file")

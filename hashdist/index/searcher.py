@@ -387,6 +387,10 @@ class Index:
         for tried in range(_TRIES):
             record = propose(view, tried)
             if record is None:
+                newest = self._newest()
+                if newest.number > view.number:  # what is there now may need what this version did not
+                    view = View(self._log, newest, view)
+                    continue
                 self._advance(view)
                 return None
             if gate is not None:

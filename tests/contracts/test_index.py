@@ -364,6 +364,13 @@ def test_a_writer_that_comes_second_commits_upon_the_winner(uri: str, monkeypatc
     check(open_index(uri), {"b": codes[1], "c": codes[2], "d": codes[3]}, codes)
 
 
+def test_a_writer_that_finds_nothing_to_do_looks_whether_that_is_still_so(uri: str) -> None:
+    behind = create_index(uri, bits=64)
+    open_index(uri).append(random_codes(1), ["a"])
+    assert behind.delete(["a"]) == 1
+    assert (behind.version, behind.rows) == (3, 0)
+
+
 def test_what_the_winner_brought_already_is_dropped(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = random_codes(8)
     index = create_index(uri, bits=64)

@@ -33,6 +33,10 @@ class Conflict(HashdistError):
     """Another writer committed first: re-read, rebase, try again."""
 
 
+class Refused(HashdistError):
+    """The gate did not pass: what was proposed waits as a candidate. Mend the cause, promote it, or discard it."""
+
+
 class OutcomeUnknown(HashdistError):
     """A write may or may not have landed: re-read to learn which, delete nothing."""
 

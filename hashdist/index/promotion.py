@@ -1,0 +1,136 @@
+"""Candidates: content that was proposed, did not pass the gate, and waits beside the content that is served.
+
+A gate looks at the served and the proposed version before the commit. Where it passes, the proposed record is
+committed with its report in `gate`. Where it does not, what is committed is a version with the served content
+unchanged, whose `candidate` holds the proposed content, the report, and the version it was made upon; the caller gets
+`Refused`. So one commit either switches everything or nothing, and nothing that was encoded is thrown away. A
+candidate leaves by `promote`, by `discard`, or when a later proposal passes (design decision 13).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hashdist import telemetry
+from hashdist.errors import Conflict, NotFound, Refused
+from hashdist.index.manifest import CONTENT, KEPT, content, successor
+from hashdist.index.view import View
+from hashdist.store.commit import Version
+
+if TYPE_CHECKING:
+    from hashdist.index.searcher import Index
+
+Gate = Callable[[View, View], dict[str, Any]]
+"""(served, proposed) -> report: `passed`, `checks` (name, passed, value, limit, text of each), and, where they were
+found, `quality` (joins the content) and `probes` (the entry of the probe set, kept from version to version)."""
+
+_ROWS_STAY = ("compact",)
+"""Operations that write the same rows into other files."""
+
+
+def gated(view: View, record: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
+    """What to commit upon `view` instead of `record`: itself with the report, or the served content with a candidate.
+
+    Args:
+        view: the served version.
+        record: the proposed one (`manifest.successor`), whose files are written.
+        gate: called with both.
+    """
+    report = dict(gate(view, View(view.log, Version(view.number + 1, dict(record)), view)))
+    quality, probes = report.pop("quality", None), report.pop("probes", None)
+    telemetry.GATES.inc(outcome="passed" if report["passed"] else "refused")
+    proposed = {**record, **({"quality": quality} if quality else {})}
+    kept = {"probes": probes} if probes else {}
+    if report["passed"]:
+        return {**{name: value for name, value in proposed.items() if name != "candidate"}, **kept, "gate": report}
+    candidate = {**content(proposed), "upon": view.number, "operation": record["operation"], "gate": report}
+    candidate["about"] = {name: record[name] for name in record if name not in (*CONTENT, *KEPT, "kind", "operation")}
+    return successor(view.version, "candidate", kept={**kept, "candidate": candidate})
+
+
+def refused(uri: str, report: Mapping[str, Any]) -> Refused:
+    """The error that names every check that failed, one a line, and the ways on."""
+    lines = [f"  {check['name']}: {check['text']}" for check in report["checks"] if not check["passed"]]
+    return Refused(
+        f"{uri}: the gate did not pass; the served content is as before, and what was made waits as a candidate\n"
+        + "\n".join(lines)
+        + "\n  look at it (`hashdist search --candidate true`, open_index(uri, candidate=True)), mend the cause and "
+        "run again, `hashdist index promote --force true --reason TEXT`, or `hashdist index discard`"
+    )
+
+
+def candidate_of(version: Version, uri: str) -> dict[str, Any]:
+    """The candidate that waits in a version. Raises NotFound."""
+    found: dict[str, Any] | None = version.manifest.get("candidate")
+    if found is None:
+        raise NotFound(f"{uri}, version {version.number}: no candidate waits; one does after a gate did not pass")
+    return found
+
+
+def as_content(version: Version, uri: str) -> Version:
+    """The version as it would be with its candidate in the place of its content, to read. Raises NotFound."""
+    candidate = candidate_of(version, uri)
+    kept = {name: value for name, value in version.manifest.items() if name not in CONTENT}
+    return Version(version.number, {**kept, **content(candidate)})
+
+
+def promote(index: "Index", gate: Gate | None = None, *, force: bool = False, reason: str = "") -> int:
+    """Serve the candidate, in one commit.
+
+    Args:
+        index: opened as the newest version.
+        gate: the candidate is put to it again (its limits may be others now).
+        force: serve it whatever the gate says; the reason and the checks that failed go into the version's record.
+        reason: why it is forced.
+
+    Returns: the new version.
+
+    Raises:
+        NotFound: no candidate waits. Refused: it does not pass, and `force` is not set; nothing is committed.
+        Conflict: rows were added, changed or removed since it was made; they would be lost, so not even force helps.
+    """
+
+    def propose(view: View, _tried: int) -> dict[str, Any]:
+        candidate = candidate_of(view.version, view.uri)
+        _require_same_rows(view, candidate)
+        new, report = content(candidate), candidate["gate"]
+        if gate is not None and not force:
+            asked = dict(gate(view, View(view.log, as_content(view.version, view.uri), view)))
+            quality, report = asked.pop("quality", None), {k: v for k, v in asked.items() if k != "probes"}
+            new |= {"quality": quality} if quality else {}
+        if not report["passed"] and not force:
+            raise refused(view.uri, report)
+        failed = [check["name"] for check in report["checks"] if not check["passed"]]
+        about = {**candidate["about"], "gate": report, "promoted": {"upon": candidate["upon"]}}
+        if force:
+            about["forced"] = {"reason": reason, "failed": failed}
+        return successor(view.version, "promote", new, {"candidate": None}, **about)
+
+    version = index.transact(propose)
+    assert version is not None
+    return version
+
+
+def discard(index: "Index") -> int:
+    """Drop the candidate, in one commit; returns the new version. Raises NotFound where none waits."""
+
+    def propose(view: View, _tried: int) -> dict[str, Any]:
+        candidate = candidate_of(view.version, view.uri)
+        return successor(view.version, "discard", kept={"candidate": None}, discarded={"upon": candidate["upon"]})
+
+    version = index.transact(propose)
+    assert version is not None
+    return version
+
+
+def _require_same_rows(view: View, candidate: Mapping[str, Any]) -> None:
+    """Conflict unless every version since the candidate was made holds the rows that it was made beside."""
+    before = content(view.log.read(candidate["upon"]).manifest)
+    for number in range(candidate["upon"] + 1, view.number + 1):
+        manifest = view.manifest if number == view.number else view.log.read(number).manifest
+        if content(manifest) != before and manifest["operation"] not in _ROWS_STAY:
+            raise Conflict(
+                f"{view.uri}: the candidate was made upon version {candidate['upon']}, and version {number} "
+                f"({manifest['operation']}) changed the served rows since; promoting would lose that. Run the job that "
+                "made the candidate again (`hashdist index build` or `hashdist reindex`), or `hashdist index discard`"
+            )
+        before = content(manifest)

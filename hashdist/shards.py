@@ -1,40 +1,40 @@
 """Shard files: what an index version consists of, written once, opened by mapping.
 
-A shard is up to four files, row-aligned, rows sorted by id:
+A shard is up to five files, row-aligned, rows sorted by id:
 
 - `.bin`: the codes as a plain faiss `IndexBinaryFlat`; `faiss.read_index_binary` opens it. After a header of
   33 bytes the codes follow as they are, so the file itself is mapped, without faiss.
 - `.npy`: the ids, int64, ascending: row r of the faiss index is row r here.
-- `.keys.arrow`: the keys, Arrow IPC, mapped and read row by row: there is no map of all ids to keys.
+- `.keys.arrow`: the keys, Arrow IPC in record batches of 8,192 rows: there is no map of all ids to keys. The head of
+  the file says how long each batch is and what its CRC-32 is, so that a few keys are read by ranges, without the rest.
 - `.columns.arrow`: content digest, labels and whatever else the caller gave; absent where nothing was given.
+- `.rerank.npy`: features for two-stage ranking (hashdist/index/rerank.py); absent where they were not asked for.
 
 The files of a shard have one name and differ by suffix, so that its entry in a manifest is short (`packed`); `parts`
 and `files` give the plain entries of its files back. Nothing else takes an entry apart.
 
-Files of a remote store are kept in a local cache folder under their SHA-256, and mapped there. Every file is
-checksummed when it is first opened in a process; a bad cache file is fetched again.
+Files of a remote store are mapped in the local cache (hashdist/cache.py). Every file is checksummed when it is first
+opened in a process.
 """
 
 import base64
 import hashlib
 import io
 import json
-import os
 import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 from numpy.typing import NDArray
 
-from hashdist.errors import Corrupt, InvalidInput, NotFound
-from hashdist.order import blocks
+from hashdist.cache import local_file as local_file
+from hashdist.errors import Corrupt, InvalidInput
 from hashdist.prefetch import in_order
 from hashdist.store import Store
 from hashdist.store.commit import write_file
@@ -42,13 +42,10 @@ from hashdist.store.commit import write_file
 _HEADER = struct.Struct("<4siiq?iQ")
 """faiss: "IBxF", bits, bytes per code, rows, is trained, metric, bytes of all codes."""
 
-SUFFIXES = {"codes": ".bin", "ids": ".npy", "keys": ".keys.arrow", "columns": ".columns.arrow"}
+SUFFIXES = {"codes": ".bin", "ids": ".npy", "keys": ".keys.arrow", "columns": ".columns.arrow", "rerank": ".rerank.npy"}
 """Of the parts of a shard. Parts of other names, and parts that were written later, carry their whole path."""
 
 _HAMMING_METRIC = 1  # faiss writes METRIC_L2 for binary indexes
-_RANGE_BYTES = 8 << 20
-_DOWNLOADS = 8
-_HASHED_AT_ONCE = 1 << 22
 
 
 class Rows(NamedTuple):
@@ -59,12 +56,14 @@ class Rows(NamedTuple):
         codes: uint8 [N, W].
         keys: one per row.
         columns: further columns, row-aligned; no columns at all are fine.
+        arrays: further row-aligned arrays [N, D], by part (a name of SUFFIXES).
     """
 
     ids: NDArray[np.int64]
     codes: NDArray[np.uint8]
     keys: Sequence[str] | pa.ChunkedArray | pa.Array
     columns: pa.Table
+    arrays: Mapping[str, NDArray[Any]] = {}
 
 
 def write_shard(store: Store, new_name: Callable[[str], str], rows: Rows) -> dict[str, Any]:
@@ -90,13 +89,17 @@ def write_shard(store: Store, new_name: Callable[[str], str], rows: Rows) -> dic
     written = {
         "codes": write_file(store, base + SUFFIXES["codes"], faiss_flat(rows.codes[order]), count),
         "ids": write_file(store, base + SUFFIXES["ids"], _npy(ids), count),
-        "keys": write_file(store, base + SUFFIXES["keys"], _ipc(keys), count),
+        "keys": write_file(store, base + SUFFIXES["keys"], _indexed_ipc(keys), count),
     }
     if rows.columns.num_columns:
         if len(rows.columns) != count:
             raise InvalidInput(f"columns must have {count} rows like the codes, found {len(rows.columns)}")
         columns = _ipc(rows.columns.take(order))
         written["columns"] = write_file(store, base + SUFFIXES["columns"], columns, count)
+    for part, array in rows.arrays.items():
+        if len(array) != count:
+            raise InvalidInput(f"{part} must have {count} rows like the codes, found {len(array)}")
+        written[part] = write_file(store, base + SUFFIXES[part], _npy(array[order]), count)
     return packed({"rows": count, "first_id": int(ids[0]), "last_id": int(ids[-1])}, written)
 
 
@@ -173,7 +176,9 @@ class Shard:
     def __init__(self, store: Store, entry: Mapping[str, Any]) -> None:
         self._store, self._entry = store, entry
         self._opened: dict[str, Any] = {}
-        self._lock = threading.Lock()
+        self._opening = {part: threading.Lock() for part in entry["parts"]}
+        self._head: _Head | None = None
+        self._ranged = 0
         self.rows: int = entry["rows"]
         self.name: str = entry["path"] + SUFFIXES["codes"]
 
@@ -194,8 +199,13 @@ class Shard:
         return ids
 
     def keys(self, rows: NDArray[np.int64] | None = None) -> list[str]:
-        """The keys of some rows, or of all; reads no more than these."""
-        return [str(key) for key in self._take("keys", ["key"], rows)["key"].to_pylist()]
+        """The keys of some rows, or of all; of a few rows it reads only their ranges of the file."""
+        if rows is None:
+            return [str(key) for key in self._table("keys")["key"].to_pylist()]
+        keys = np.empty(len(rows), object)
+        for batch, which, within in _by_batch(rows):
+            keys[which] = batch_keys.take(within).to_pylist()
+        return list(keys)
 
     @property
     def column_names(self) -> list[str]:
@@ -209,6 +219,16 @@ class Shard:
         present = [name for name in names if name in here]
         table = self._take("columns", present, rows) if present else None
         return pa.table({name: table[name] if table and name in here else pa.nulls(count) for name in names})
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the further row-aligned arrays."""
+        return sorted(set(self._files) - {"codes", "ids", "keys", "columns"})
+
+    def array(self, part: str) -> NDArray[Any]:
+        """One of `arrays`, mapped: [N, D]."""
+        array: NDArray[Any] = self._open(part, self._map_array)
+        return array
 
     def find(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Which of `ids` are here: their positions among `ids`, and their rows."""
@@ -228,10 +248,11 @@ class Shard:
             raise Corrupt(f"{self._store.uri}/{self._files['ids']['path']} must hold ascending ids; restore it")
 
     def _open(self, part: str, mapped: Callable[[Path], Any]) -> Any:
-        with self._lock:
-            if part not in self._opened:
-                self._opened[part] = mapped(local_file(self._store, self._files[part]))
-            return self._opened[part]
+        if part not in self._opened:
+            with self._opening[part]:
+                if part not in self._opened:
+                    self._opened[part] = mapped(local_file(self._store, self._files[part], self))
+        return self._opened[part]
 
     def _table(self, part: str) -> pa.Table:
         return self._open(part, lambda path: pa.ipc.open_file(pa.memory_map(str(path))).read_all())
@@ -254,86 +275,20 @@ class Shard:
             raise Corrupt(f"{path} must hold {self.rows} int64 ids, found {ids.dtype} {list(ids.shape)}")
         return ids
 
-
-# Files on this machine
-
-
-_checked: set[tuple[str, int, int, str]] = set()
-
-
-def local_file(store: Store, entry: Mapping[str, Any]) -> Path:
-    """A committed file on this machine's disk, checksummed: the store's own if it is local, else a cached copy.
-
-    Raises Corrupt where the store's bytes are not those that were committed, NotFound, Unavailable.
-    """
-    own: Path | None = store.local_path(entry["path"])
-    if own is not None:
-        if not own.is_file():
-            raise NotFound(f"{store.uri}/{entry['path']} does not exist, but a committed version names it")
-        if not _sound(own, entry):
-            raise Corrupt(f"{own} does not match its checksum {entry['sha256']}; restore it from a backup")
-        return own
-    cached: Path = cache_folder() / entry["sha256"][:2] / entry["sha256"]
-    if cached.is_file() and _sound(cached, entry):
-        return cached
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    fresh = cached.with_name(f"{cached.name}.{uuid4().hex}.part")
-    try:
-        found = _download(store, entry, fresh)
-        if found != entry["sha256"]:
-            raise Corrupt(f"{store.uri}/{entry['path']}: SHA-256 {entry['sha256']} was committed, found {found}")
-        os.replace(fresh, cached)
-    finally:
-        fresh.unlink(missing_ok=True)
-    _checked.add(_mark(cached, entry))
-    return cached
-
-
-def cache_folder() -> Path:
-    """Where copies of remote files are kept: HASHDIST_CACHE, or ~/.cache/hashdist."""
-    return Path(os.environ.get("HASHDIST_CACHE") or Path.home() / ".cache" / "hashdist")
-
-
-def _download(store: Store, entry: Mapping[str, Any], path: Path) -> str:
-    """Fetch a file in parallel ranges; returns the SHA-256 of what came."""
-    digest = hashlib.sha256()
-    ranges = blocks(entry["bytes"], _RANGE_BYTES)
-    with path.open("wb") as file:
-        for data in in_order(lambda span: store.get(entry["path"], span[0], span[1] - span[0]), ranges, _DOWNLOADS):
-            digest.update(data)
-            file.write(data)
-    return digest.hexdigest()
-
-
-def _sound(path: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether a file holds the committed bytes; looked at once a process, and again if the file has changed."""
-    mark = _mark(path, entry)
-    if mark in _checked:
-        return True
-    if mark[1] != entry["bytes"]:
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_HASHED_AT_ONCE):
-            digest.update(data)
-    if digest.hexdigest() != entry["sha256"]:
-        return False
-    _checked.add(mark)
-    return True
-
-
-def _mark(path: Path, entry: Mapping[str, Any]) -> tuple[str, int, int, str]:
-    status = path.stat()
-    return str(path), status.st_size, status.st_mtime_ns, entry["sha256"]
+    def _map_array(self, path: Path) -> NDArray[Any]:
+        array = np.asarray(np.load(path, mmap_mode="r"))
+        if array.ndim != 2 or len(array) != self.rows:
+            raise Corrupt(f"{path} must hold {self.rows} rows [N, D], found {list(array.shape)}")
+        return array
 
 
 def _chunked(keys: Sequence[str] | pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
     return keys if isinstance(keys, pa.ChunkedArray | pa.Array) else pa.array(keys, pa.large_string())
 
 
-def _npy(ids: NDArray[np.int64]) -> bytes:
+def _npy(array: NDArray[Any]) -> bytes:
     sink = io.BytesIO()
-    np.save(sink, ids)
+    np.save(sink, array)
     return sink.getvalue()
 
 

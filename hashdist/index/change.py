@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hashdist.errors import AlreadyExists, InvalidInput
 from hashdist.ids import image_id, image_ids
+from hashdist.index.seen import SEEN, new_notes
 from hashdist.index.view import Places, View
 
 OnExisting = Literal["error", "replace", "skip"]
@@ -47,6 +48,7 @@ class Change:
     model: str | None
     on_existing: OnExisting
     fields: Mapping[str, Any]
+    seen: pa.Table = field(default_factory=SEEN.empty_table)
 
     def check(self) -> None:
         """Raise InvalidInput for what is wrong whatever the version."""
@@ -84,6 +86,7 @@ class Change:
             unknown=int((~gone.present).sum()),
             salts={key: salts[key] for key in (self.keys[row] for row in rows) if key in salts},
             model=model,
+            seen=new_notes(self.seen, view.notes(self.seen["id"].to_numpy())),
         )
 
     def _model_upon(self, view: "View") -> str | None:
@@ -119,6 +122,7 @@ class Plan(NamedTuple):
     unknown: int  # keys to remove that are not there
     salts: dict[str, int]
     model: str | None
+    seen: pa.Table  # notes that the version does not have yet
 
     @property
     def hidden(self) -> NDArray[np.int64]:
@@ -128,7 +132,7 @@ class Plan(NamedTuple):
     @property
     def empty(self) -> bool:
         """Whether there is nothing to commit."""
-        return not len(self.rows) and not len(self.removed)
+        return not len(self.rows) and not len(self.removed) and not len(self.seen)
 
     def applied(self, version: int) -> Applied:
         """What it comes to, committed as `version`."""
@@ -141,6 +145,7 @@ class Plan(NamedTuple):
             np.array_equal(self.rows, other.rows)
             and np.array_equal(self.ids, other.ids)
             and np.array_equal(self.hidden, other.hidden)
+            and self.seen.equals(other.seen)
         )
 
 

@@ -5,7 +5,8 @@ log goes from every version to the next. Everything else says how this one versi
 
 Content: `bits`, `bit_order`, `model`, `model_uri`, `collection`, `built_from`, `failed_in`, `rows` (live ones),
 `shards`, `tombstones`, `salts` (the last three are entries of files, each with the `version` it joined the index in),
-`quality` (what the last gate measured of it).
+`seen` (likewise: hashdist/index/seen.py), `vocabulary` (numbers of labels given as text), `quality` (what the last
+gate measured of it).
 
 Kept: `tags` (name: version), `expired` (ranges of version numbers whose files may be gone), `revoked` (attempts whose
 files may be gone: nothing of theirs can be committed any more), `candidate` (content that waits for promotion; absent
@@ -23,7 +24,7 @@ from hashdist.store.commit import Version
 
 CONTENT = (
     "bits", "bit_order", "model", "model_uri", "collection", "built_from", "failed_in",
-    "rows", "shards", "tombstones", "salts", "quality",
+    "vocabulary", "rows", "shards", "tombstones", "salts", "seen", "quality",
 )  # fmt: skip
 KEPT = ("tags", "expired", "revoked", "candidate", "rewrites", "probes")
 
@@ -83,6 +84,7 @@ def files(manifest: Manifest) -> Iterator[Entry]:
             yield from shard_files(shard)
         yield from part.get("tombstones", ())
         yield from part.get("salts", ())
+        yield from part.get("seen", ())
     if manifest.get("probes"):
         yield manifest["probes"]
     for entry in manifest.get("rewrites", {}).values():

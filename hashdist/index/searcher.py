@@ -19,6 +19,7 @@ from hashdist.index.change import Applied, Change, OnExisting, Plan, checked_col
 from hashdist.index.filters import Filter
 from hashdist.index.manifest import CONTENT, first, is_expired, resolve, stamped, successor
 from hashdist.index.promotion import Gate
+from hashdist.index.seen import FOLDER, MOST_FILES, SEEN, SUFFIX, last_of_each, read_seen, write_seen
 from hashdist.index.view import Hits, Matches, View
 from hashdist.order import blocks
 from hashdist.shards import Rows, write_ids, write_salts, write_shard
@@ -285,6 +286,7 @@ class Index:
         operation: str = "apply",
         lineage: Mapping[str, Any] | None = None,
         gate: Gate | None = None,
+        seen: pa.Table | None = None,
     ) -> Applied:
         """Add, change and remove images in one commit, or in none where there is nothing to do.
 
@@ -293,6 +295,7 @@ class Index:
             operation: what the log calls it.
             lineage: fields for the manifest: what the rows were made from.
             gate: looks at the result before it is committed (hashdist/index/promotion.py).
+            seen: notes about images that get no row (hashdist/index/seen.py), one an image, by ascending id.
 
         The rest as in `append`. Raises also Refused: the gate did not pass, and the result waits as a candidate.
         """
@@ -306,6 +309,7 @@ class Index:
             model=digest,
             on_existing=on_existing,
             fields={**({"model_uri": model_uri} if model_uri else {}), **(lineage or {}), "operation": operation},
+            seen=SEEN.empty_table() if seen is None else seen,
         )
         change.check()
         proposal = _Apply(self._log, change)
@@ -347,6 +351,8 @@ class Index:
             "model": model,
             "model_uri": model_uri,
             "tombstones": [],
+            "seen": [],
+            "vocabulary": None,
             "quality": None,
             "rows": sum(shard["rows"] for shard in shards),
             **{name: value for name, value in lineage.items() if name in CONTENT},
@@ -451,13 +457,17 @@ class _Apply:
     def __init__(self, log: Log, change: Change) -> None:
         self._store, self._names, self._change = log.store, log.new_attempt(), change
         self._written: tuple[Plan, dict[str, Any]] | None = None
-        self._model: str | None = None
+        self._noted: tuple[list[dict[str, Any]], pa.Table, dict[str, Any]] | None = None
+        self._basis: dict[str, Any] = {}
 
     def __call__(self, view: View, tried: int) -> dict[str, Any] | None:
+        basis = {name: view.manifest.get(name) for name in ("model", "vocabulary")}
         if not tried:
-            self._model = view.manifest["model"]
-        elif view.manifest["model"] != self._model:
+            self._basis = basis
+        elif basis["model"] != self._basis["model"]:
             raise Conflict(f"{view.uri}: another writer brought codes of another model; encode again with that one")
+        elif basis["vocabulary"] not in (self._basis["vocabulary"], self._change.fields.get("vocabulary")):
+            raise Conflict(f"{view.uri}: another writer has numbered labels that are new here; run again")
         plan = self.plan = self._change.plan(view, rebased=tried > 0)
         if plan.empty:
             return None
@@ -470,6 +480,7 @@ class _Apply:
             "shards": [*old["shards"], *stamped(new["shards"], number)],
             "tombstones": [*old["tombstones"], *stamped(new["tombstones"], number)],
             "salts": [*old["salts"], *stamped(new["salts"], number)],
+            "seen": self._seen(old.get("seen", []), plan.seen, number),
         }
         counts = {"added": len(plan.rows) - len(plan.replaced), "replaced": len(plan.replaced)}
         about = {**self._change.fields, **counts, "removed": len(plan.removed)}
@@ -488,6 +499,16 @@ class _Apply:
         tombstones = [write_ids(self._store, self._names.new("tombstones", ".npy"), hidden)] if len(hidden) else []
         salts = [write_salts(self._store, self._names.new("salts", ".json"), plan.salts)] if plan.salts else []
         return {"shards": shards, "tombstones": tombstones, "salts": salts}
+
+    def _seen(self, old: list[dict[str, Any]], notes: pa.Table, number: int) -> list[dict[str, Any]]:
+        """The files of notes of the next version: one more, or one for all where they have become many."""
+        if not len(notes):
+            return old
+        merged = old if len(old) >= MOST_FILES else []
+        if self._noted is None or self._noted[0] != merged or not self._noted[1].equals(notes):
+            every = last_of_each([*(read_seen(self._store, entry) for entry in merged), notes])
+            self._noted = merged, notes, write_seen(self._store, self._names.new(FOLDER, SUFFIX), every)
+        return [*([] if merged else old), *stamped([self._noted[2]], number)]
 
 
 def _model(model: str | None) -> tuple[str | None, str | None]:

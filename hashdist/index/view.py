@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hashdist import scan, telemetry
@@ -16,6 +17,7 @@ from hashdist.bits import BIT_ORDER
 from hashdist.errors import Corrupt, InvalidInput
 from hashdist.ids import image_ids
 from hashdist.index.filters import Filter, Searched, Selection, Selections
+from hashdist.index.seen import last_of_each, read_seen
 from hashdist.shards import Shard, local_file, read_salts
 from hashdist.store.commit import Log, Version
 
@@ -250,6 +252,38 @@ class View:
     def _gather(places: Places) -> Iterator[tuple[int, NDArray[np.int64], Places]]:
         for number, which in places.by_shard():
             yield number, which, places.take(which)
+
+    def notes(self, ids: NDArray[np.int64]) -> pa.Table:
+        """What was seen of these images without a row of it (hashdist/index/seen.py): the last note about each."""
+        tables = (read_seen(self.log.store, entry) for entry in self.manifest.get("seen", ()))
+        return last_of_each(table.filter(pc.is_in(table["id"], pa.array(ids, pa.int64()))) for table in tables)
+
+    def rows_between(self, first: int, stop: int, columns: Sequence[str]) -> pa.Table:
+        """id, key and further columns of the live rows with first <= id < stop, shard by shard."""
+        parts = [self._between(number, first, stop, columns) for number in range(len(self.shards))]
+        return pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({"id": [], "key": []})
+
+    def notes_between(self, first: int, stop: int) -> pa.Table:
+        """The last note about each image with first <= id < stop, by ascending id."""
+        found = []
+        for entry in self.manifest.get("seen", ()):
+            table = read_seen(self.log.store, entry)
+            span = np.searchsorted(table["id"].to_numpy(), [first, stop])
+            found.append(table.slice(span[0], span[1] - span[0]))
+        return last_of_each(found)
+
+    def _between(self, number: int, first: int, stop: int, columns: Sequence[str]) -> pa.Table:
+        shard = self.shards[number]
+        start, end = np.searchsorted(shard.ids, [first, stop])
+        rows = np.arange(start, end)
+        dead = self.dead(number)
+        if dead is not None:
+            rows = rows[(dead[rows >> 3] >> (rows & 7)) & 1 == 0]
+        own = pa.table({"id": shard.ids[rows], "key": pa.array(shard.keys(rows), pa.large_string())})
+        more = shard.columns(columns, rows)
+        for name in columns:
+            own = own.append_column(name, more[name])
+        return own
 
     def live_rows(self, number: int, columns: Sequence[str]) -> pa.Table:
         """id, key and further columns of the live rows of a shard."""

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,17 @@ def ray_session(s3_endpoint: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """A moto S3 server on the loopback, with AWS_* pointing at it for this process and its children."""
+    """An S3 server, with AWS_* pointing at it for this process and its children.
+
+    A moto server on the loopback; or the one that HASHDIST_TEST_S3=1 says AWS_* points at already.
+    """
     import boto3
+
+    if os.environ.get("HASHDIST_TEST_S3"):
+        with suppress(boto3.client("s3").exceptions.BucketAlreadyOwnedByYou):
+            boto3.client("s3").create_bucket(Bucket="hashdist")
+        yield os.environ["AWS_ENDPOINT_URL"]
+        return
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

@@ -18,12 +18,11 @@ opened in a process.
 """
 
 import base64
-import hashlib
 import io
 import json
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +32,10 @@ import pyarrow as pa
 import pyarrow.ipc
 from numpy.typing import NDArray
 
+from hashdist import keyfile
 from hashdist.cache import local_file as local_file
 from hashdist.errors import Corrupt, InvalidInput
+from hashdist.keyfile import KeyFile
 from hashdist.prefetch import in_order
 from hashdist.store import Store
 from hashdist.store.commit import write_file
@@ -45,6 +46,7 @@ _HEADER = struct.Struct("<4siiq?iQ")
 SUFFIXES = {"codes": ".bin", "ids": ".npy", "keys": ".keys.arrow", "columns": ".columns.arrow", "rerank": ".rerank.npy"}
 """Of the parts of a shard. Parts of other names, and parts that were written later, carry their whole path."""
 
+_OPENED_AT_ONCE = 8
 _HAMMING_METRIC = 1  # faiss writes METRIC_L2 for binary indexes
 
 
@@ -84,12 +86,12 @@ def write_shard(store: Store, new_name: Callable[[str], str], rows: Rows) -> dic
     if not len(ids) == len(rows.codes) == len(rows.keys):
         raise InvalidInput(f"{len(ids)} ids need as many codes and keys, found {len(rows.codes)} and {len(rows.keys)}")
     count = len(ids)
-    keys = pa.table({"key": _chunked(rows.keys).cast(pa.large_string()).take(order)})
+    keys = _chunked(rows.keys).cast(pa.large_string()).take(order)
     base = new_name("")
     written = {
         "codes": write_file(store, base + SUFFIXES["codes"], faiss_flat(rows.codes[order]), count),
         "ids": write_file(store, base + SUFFIXES["ids"], _npy(ids), count),
-        "keys": write_file(store, base + SUFFIXES["keys"], _indexed_ipc(keys), count),
+        "keys": write_file(store, base + SUFFIXES["keys"], keyfile.encoded(keys), count),
     }
     if rows.columns.num_columns:
         if len(rows.columns) != count:
@@ -177,8 +179,6 @@ class Shard:
         self._store, self._entry = store, entry
         self._opened: dict[str, Any] = {}
         self._opening = {part: threading.Lock() for part in entry["parts"]}
-        self._head: _Head | None = None
-        self._ranged = 0
         self.rows: int = entry["rows"]
         self.name: str = entry["path"] + SUFFIXES["codes"]
 
@@ -200,12 +200,21 @@ class Shard:
 
     def keys(self, rows: NDArray[np.int64] | None = None) -> list[str]:
         """The keys of some rows, or of all; of a few rows it reads only their ranges of the file."""
-        if rows is None:
-            return [str(key) for key in self._table("keys")["key"].to_pylist()]
-        keys = np.empty(len(rows), object)
-        for batch, which, within in _by_batch(rows):
-            keys[which] = batch_keys.take(within).to_pylist()
-        return list(keys)
+        return [str(key) for key in self._keys.open()["key"].to_pylist()] if rows is None else self._keys.take(rows)
+
+    @cached_property
+    def _keys(self) -> KeyFile:
+        entry = self._files["keys"]
+        return KeyFile(self._store, entry, lambda: local_file(self._store, entry, self))
+
+    def open(self, parts: Sequence[str]) -> None:
+        """Bring codes or ids to this machine. Raises Corrupt, NotFound, Unavailable."""
+        for part in parts:
+            getattr(self, part)
+
+    def has_opened(self, part: str) -> bool:
+        """Whether a part is on this machine and checked, so that reading it needs no store."""
+        return self._keys.opened if part == "keys" else part in self._opened
 
     @property
     def column_names(self) -> list[str]:
@@ -219,6 +228,14 @@ class Shard:
         present = [name for name in names if name in here]
         table = self._take("columns", present, rows) if present else None
         return pa.table({name: table[name] if table and name in here else pa.nulls(count) for name in names})
+
+    def file(self, part: str) -> Path:
+        """A part's file on this machine's disk, checksummed; it stays there while this shard is open."""
+        return local_file(self._store, self._files[part], self)
+
+    def digest(self, part: str) -> str:
+        """SHA-256 of a part's file."""
+        return str(self._files[part]["sha256"])
 
     @property
     def arrays(self) -> list[str]:
@@ -240,8 +257,8 @@ class Shard:
 
     def verify(self) -> None:
         """Open every file, which checks its bytes. Raises Corrupt, NotFound, Unavailable."""
-        for part in ("keys", "columns"):
-            if part in self._files and len(self._table(part)) != self.rows:
+        for part, table in (("keys", self._keys.open), ("columns", lambda: self._table("columns"))):
+            if part in self._files and len(table()) != self.rows:
                 raise Corrupt(f"{self._store.uri}/{self._files[part]['path']} must have {self.rows} rows; restore it")
         _ = self.codes
         if (np.diff(self.ids) <= 0).any():
@@ -280,6 +297,18 @@ class Shard:
         if array.ndim != 2 or len(array) != self.rows:
             raise Corrupt(f"{path} must hold {self.rows} rows [N, D], found {list(array.shape)}")
         return array
+
+
+def opening(shards: Sequence[Shard], parts: Sequence[str] = ("codes", "ids")) -> Iterator[int]:
+    """The numbers of the shards, in order, each once these parts of it are open, while the next ones are fetched.
+
+    Raises Corrupt, NotFound, Unavailable at the shard that cannot be opened.
+    """
+    if all(shard.has_opened(part) for shard in shards for part in parts):
+        yield from range(len(shards))
+        return
+    for number, _ in enumerate(in_order(lambda shard: shard.open(parts), shards, _OPENED_AT_ONCE)):
+        yield number
 
 
 def _chunked(keys: Sequence[str] | pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import hashdist
+from hashdist import cache, shards
 from hashdist import ids as ids_module
-from hashdist import shards
 from hashdist.bits import hamming
 from hashdist.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound
 from hashdist.index import Index, change, create_index, open_index, searcher
@@ -469,10 +469,10 @@ def test_a_damaged_cache_file_is_fetched_again(
     codes = random_codes(100)
     index = create_index(uri, bits=64)
     index.append(codes, names(100))
-    monkeypatch.setattr(shards, "_RANGE_BYTES", 64)  # several ranges
+    monkeypatch.setattr(cache, "_RANGE_BYTES", 64)  # several ranges
     model = dict(zip(names(100), codes, strict=True))
     check(open_index(uri), model, codes[:2])
-    cached = sorted(path for path in own_cache.rglob("*") if path.is_file())
+    cached = sorted(path for path in own_cache.glob("??/*"))
     assert sorted(path.name for path in cached) == sorted(
         entry["sha256"] for entry in shards.files(index.manifest["shards"][0])
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from hashdist import cache
 from hashdist import ids as ids_module
-from hashdist import shards
 from hashdist.errors import Corrupt, InvalidInput
 from hashdist.index import create_index, open_index, searcher
 from hashdist.shards import Rows, Shard, files, packed, parts, write_shard
@@ -120,10 +120,10 @@ def test_hits_can_be_sent_to_another_process(tmp_path: Path) -> None:
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path))
-    assert shards.cache_folder() == tmp_path
+    assert cache.cache_folder() == tmp_path
     monkeypatch.delenv("HASHDIST_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert shards.cache_folder() == tmp_path / ".cache" / "hashdist"
+    assert cache.cache_folder() == tmp_path / ".cache" / "hashdist"
 
 
 def test_a_packed_entry_gives_its_files_back() -> None:

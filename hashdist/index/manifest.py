@@ -6,12 +6,13 @@ log goes from every version to the next. Everything else says how this one versi
 Content: `bits`, `bit_order`, `model`, `model_uri`, `collection`, `built_from`, `failed_in`, `rows` (live ones),
 `shards`, `tombstones`, `salts` (the last three are entries of files, each with the `version` it joined the index in),
 `seen` (likewise: hashdist/index/seen.py), `vocabulary` (numbers of labels given as text), `quality` (what the last
-gate measured of it).
+gate measured of it), `rerank` (what features the shards keep: hashdist/index/rerank.py).
 
 Kept: `tags` (name: version), `expired` (ranges of version numbers whose files may be gone), `revoked` (attempts whose
 files may be gone: nothing of theirs can be committed any more), `candidate` (content that waits for promotion; absent
-if there is none), `rewrites` (files of older versions that were written again, by path), `probes` (entry of the
-gate's probe set).
+if there is none), `rewrites` (files of older versions that a purge wrote again, by the `path` of the entry: the new
+entry, or null where nothing is left), `erased` ([first, last, how many]: versions that have so many rows fewer than
+their records say), `probes` (entry of the gate's probe set).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,9 +25,11 @@ from hashdist.store.commit import Version
 
 CONTENT = (
     "bits", "bit_order", "model", "model_uri", "collection", "built_from", "failed_in",
-    "vocabulary", "rows", "shards", "tombstones", "salts", "seen", "quality",
+    "vocabulary", "rows", "shards", "tombstones", "salts", "seen", "quality", "rerank",
 )  # fmt: skip
-KEPT = ("tags", "expired", "revoked", "candidate", "rewrites", "probes")
+KEPT = ("tags", "expired", "revoked", "candidate", "rewrites", "erased", "probes")
+LISTS = ("shards", "tombstones", "salts", "seen")
+"""Fields of the content that hold entries, each with `path` and `version`."""
 
 Manifest = Mapping[str, Any]
 Entry = Mapping[str, Any]
@@ -69,7 +72,34 @@ def successor(
             f"a clean-up after version {head.number} took this writer for dead and may have deleted what it wrote "
             f"(attempt {min(revoked)}); nothing was committed; run again"
         )
+    if any(entry["path"] in log.get("rewrites", {}) for name in LISTS for entry in record.get(name, ())):
+        raise Conflict(
+            f"images were erased from all versions up to {head.number}, and the content to be committed is from before "
+            "that; nothing was committed; run again"
+        )
     return record
+
+
+def rewritten(record: Manifest, head: Manifest) -> Manifest:
+    """The record of an older version as it has to be read now: without what a purge has erased since.
+
+    Args:
+        record: of a committed version.
+        head: record of the newest version.
+    """
+    rewrites = head.get("rewrites", {})
+    if not rewrites:
+        return record
+    lists = {name: list(_rewritten(record[name], rewrites)) for name in LISTS if name in record}
+    fewer = sum(rows for start, stop, rows in head.get("erased", ()) if start <= record["number"] <= stop)
+    return {**record, **lists, "rows": record["rows"] - fewer}
+
+
+def _rewritten(entries: Iterable[Entry], rewrites: Mapping[str, Entry | None]) -> Iterator[Entry]:
+    for entry in entries:
+        now = rewrites.get(entry["path"], entry)
+        if now is not None:
+            yield {**now, "version": entry["version"]}
 
 
 def stamped(entries: Iterable[Entry], number: int) -> list[dict[str, Any]]:

@@ -87,48 +87,69 @@ class Listing:
 
 def list_collection(settings: CollectionSettings) -> Listing:
     """List the collection. Raises InvalidInput for one that is missing, empty, or of mixed formats."""
-    if not settings.uri:
-        raise InvalidInput(
-            "a collection is required (a folder of images, parquet files or tars, local or s3://), found none; "
-            "give --collection.uri"
-        )
-    whole = open_store(settings.uri)
-    store, name = _split(whole)
+    whole = named_store(settings)
+    store, name = split_file(whole)
     files = [entry for entry in whole.list() if not is_hidden(entry.name)]
     if not files and name:
         files = [entry for entry in store.list(name) if entry.name == name]
     else:
         store = whole
-    chosen, found = _choose(whole.uri, files, settings.format)
-    options: dict[str, Any] = {"labels": settings.labels}
-    if chosen == "parquet":
-        options |= {"id_column": settings.id_column, "image_column": settings.image_column}
+    kinds = kinds_of(files)
+    chosen = chosen_format(whole.uri, Counter({kind: len(found) for kind, found in kinds.items()}), files, settings)
+    found = kinds[chosen]
+    options = reading_options(settings, chosen)
     return Listing(whole.uri, chosen, store, found, options, _listing_digest(chosen, options, found))
 
 
-def _split(store: Store) -> tuple[Store, str]:
+def reading_options(settings: CollectionSettings, chosen: Format) -> dict[str, Any]:
+    """The settings that matter for reading a format."""
+    options: dict[str, Any] = {"labels": settings.labels}
+    if chosen == "parquet":
+        options |= {"id_column": settings.id_column, "image_column": settings.image_column}
+    return options
+
+
+def named_store(settings: CollectionSettings) -> Store:
+    """The store at the collection's URI. Raises InvalidInput where there is none."""
+    if not settings.uri:
+        raise InvalidInput(
+            "a collection is required (a folder of images, parquet files or tars, local or s3://), found none; "
+            "give --collection.uri"
+        )
+    return open_store(settings.uri)
+
+
+def split_file(store: Store) -> tuple[Store, str]:
     """The folder and the file name, if the URI is one of a single file."""
     base, _, name = store.uri.rpartition("/")
     return (open_store(base), name) if PurePosixPath(name).suffix else (store, "")
 
 
-def _choose(uri: str, files: list[Entry], wanted: str) -> tuple[Format, list[Entry]]:
+def kinds_of(files: Iterable[Entry]) -> dict[Format, list[Entry]]:
+    """Files by the format that their extension tells, those of none left out."""
     kinds: dict[Format, list[Entry]] = {"folder": [], "parquet": [], "webdataset": []}
     for entry in files:
         kind = _kind(entry.name)
         if kind:
             kinds[kind].append(entry)
-    present = [kind for kind, entries in kinds.items() if entries]
-    if wanted != "auto":
-        present = [kind for kind in present if kind == wanted]
+    return kinds
+
+
+def chosen_format(uri: str, counts: Counter[Format], others: Iterable[Entry], settings: CollectionSettings) -> Format:
+    """The format of a collection with so many files of each. Raises InvalidInput unless it is one.
+
+    `others`: some of the files, for the message where none is of a format.
+    """
+    wanted = settings.format
+    present = [kind for kind, count in counts.items() if count and wanted in ("auto", kind)]
     if len(present) == 1:
-        return present[0], kinds[present[0]]
+        return present[0]
     if present:
         raise InvalidInput(
             f"{uri}: files of one format are required, found "
-            f"{' and '.join(f'{len(kinds[kind])} for {kind}' for kind in present)}; choose with --collection.format"
+            f"{' and '.join(f'{counts[kind]} for {kind}' for kind in present)}; choose with --collection.format"
         )
-    seen = Counter(PurePosixPath(entry.name).suffix.lower() or "no extension" for entry in files)
+    seen = Counter(PurePosixPath(entry.name).suffix.lower() or "no extension" for entry in others)
     others = ", ".join(f"{count} x {suffix}" for suffix, count in seen.most_common(5))
     needed = "images, parquet files or tars" if wanted == "auto" else f"files of the format {wanted!r}"
     advice = "; unpack compressed tars first" if any(s in seen for s in (".gz", ".tgz", ".zst", ".bz2", ".xz")) else ""

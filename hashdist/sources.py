@@ -1,7 +1,7 @@
 """Where encoded images lie: a folder tree, parquet files, WebDataset tars. One class a format, three verbs each.
 
-`units` cuts the files into units of scanning; `scan` reads every byte of a unit once and returns a row per image
-(SCANNED); `read` returns the bytes of rows that were scanned, sequentially. Readers are picklable and hold no
+`units` cuts the files into units of scanning; `images` reads every byte of a unit once, of which `scan` makes a row
+per image (SCANNED); `read` returns the bytes of rows that were scanned, sequentially. Readers are picklable and hold no
 connection. An image that cannot be read is a row with a reason; a parquet or tar file that cannot be read ends the
 run with its name, because it stands for thousands of images.
 """
@@ -60,6 +60,15 @@ class Lost(NamedTuple):
     reason: str
 
 
+class Found(NamedTuple):
+    """An image as it is met in its source; `more`: what the source says beside its bytes, by column of SCANNED."""
+
+    key: str
+    data: bytes | Lost
+    position: int
+    more: dict[str, Any]
+
+
 class Reader(ABC):
     """The images of one format."""
 
@@ -70,8 +79,15 @@ class Reader(ABC):
         """Units that cover every image; a unit holds whole parts of at most `part_rows` rows."""
 
     @abstractmethod
+    def images(self, unit: Unit) -> Iterator[Found]:
+        """The images of a unit, in source order, every byte read once."""
+
     def scan(self, unit: Unit) -> pa.Table:
         """Rows SCANNED of a unit, in source order, every image byte read once."""
+        scanned = ScannedRows(unit.source)
+        for found in self.images(unit):
+            scanned.add(found)
+        return scanned.table()
 
     @abstractmethod
     def read(self, rows: pa.Table) -> Iterator[bytes | Lost]:
@@ -87,29 +103,34 @@ def content_digest(data: bytes) -> str:
     return blake2b(data, digest_size=16).hexdigest()
 
 
-class _Rows:
+def source_stamp(entry: Entry) -> str:
+    """Stamp of the rows of a parquet file or tar: another one when the file, or what is in it, may be another."""
+    told = f"{entry.name}\0{entry.size}\0{entry.stamp}".encode("utf-8", "surrogateescape")
+    return "file:" + blake2b(told, digest_size=12).hexdigest()
+
+
+class ScannedRows:
     """Columns of SCANNED being filled."""
 
     def __init__(self, source: int) -> None:
         self._source = source
         self._columns: dict[str, list[Any]] = {name: [] for name in SCANNED.names}
 
-    def add(self, key: str, data: bytes | Lost, position: int, **more: Any) -> None:
-        """Append a row; `more` may give id, labels, names, size, stamp, offset."""
-        lost = isinstance(data, Lost)
+    def add(self, found: Found) -> None:
+        """Append a row."""
+        data = found.data
         row = {
-            "id": more.pop("id", None),
-            "key": key,
+            "key": found.key,
             "digest": None if isinstance(data, Lost) else content_digest(data),
             "size": None if isinstance(data, Lost) else len(data),
             "source": self._source,
-            "position": position,
-            "status": UNREADABLE if lost else OK,
+            "position": found.position,
+            "status": UNREADABLE if isinstance(data, Lost) else OK,
             "reason": data.reason if isinstance(data, Lost) else None,
-            **more,
+            **found.more,
         }
-        if row["id"] is None:
-            row["id"] = image_id(key)
+        if row.get("id") is None:
+            row["id"] = image_id(found.key)
         for name, column in self._columns.items():
             column.append(row.get(name))
 
@@ -141,13 +162,11 @@ class FolderReader(Reader):
         """A unit is one part: runs of the rows by id."""
         return [Unit(0, start, min(start + part_rows, len(self.rows))) for start in range(0, len(self.rows), part_rows)]
 
-    def scan(self, unit: Unit) -> pa.Table:
+    def images(self, unit: Unit) -> Iterator[Found]:
         """See Reader."""
         rows = self.rows.slice(unit.start, (unit.stop or 0) - unit.start)
-        scanned = _Rows(0)
         for row, data in zip(rows.to_pylist(), self.read(rows), strict=True):
-            scanned.add(row["key"], data, 0, **self._known(row, data))
-        return scanned.table()
+            yield Found(row["key"], data, 0, self._known(row, data))
 
     def _known(self, row: dict[str, Any], data: bytes | Lost) -> dict[str, Any]:
         folder, slash, _ = row["key"].partition("/")
@@ -267,10 +286,9 @@ class ParquetReader(Reader):
         target = -(-_UNIT_ROWS // part_rows) * part_rows
         return [Unit(source, *span) for source, groups in enumerate(self.groups) for span in _spans(groups, target)]
 
-    def scan(self, unit: Unit) -> pa.Table:
+    def images(self, unit: Unit) -> Iterator[Found]:
         """See Reader."""
-        scanned = _Rows(unit.source)
-        stamp = _unchanged(self.store, self.files[unit.source]).stamp
+        stamp = source_stamp(_unchanged(self.store, self.files[unit.source]))
         with self._open(unit.source, buffer_size=_SPAN_BYTES) as file:
             label = self._label_column(file.schema_arrow)
             columns = [self.id_column, *([label] if label else [])]
@@ -284,8 +302,7 @@ class ParquetReader(Reader):
                             f"{self.store.uri}/{self.files[unit.source].name}: every row must have a value in column "
                             f"{self.id_column!r}, row {position} has none"
                         )
-                    scanned.add(str(key), data, position, stamp=stamp, **_label(value))
-        return scanned.table()
+                    yield Found(str(key), data, position, {"stamp": stamp, **_label(value)})
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Lost]:
         """See Reader. Reads the row groups that hold the rows from their beginning."""
@@ -341,10 +358,10 @@ class TarReader(Reader):
         """A unit is one tar."""
         return [Unit(source, 0, None) for source in range(len(self.files))]
 
-    def scan(self, unit: Unit) -> pa.Table:
+    def images(self, unit: Unit) -> Iterator[Found]:
         """See Reader."""
         entry = _unchanged(self.store, self.files[unit.source])
-        scanned = _Rows(unit.source)
+        stamp, found = source_stamp(entry), 0
         filesystem, base = self.store.filesystem()
         try:
             with (
@@ -352,13 +369,13 @@ class TarReader(Reader):
                 tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar,
             ):
                 for sample in _samples(tar, self.labels):
-                    scanned.add(sample.key, sample.image, len(scanned), stamp=entry.stamp, **sample.known())
+                    yield Found(sample.key, sample.image, found, {"stamp": stamp, **sample.known()})
+                    found += 1
         except (tarfile.TarError, OSError) as error:
             raise InvalidInput(
                 f"{self.store.uri}/{entry.name} must be a whole, uncompressed tar; reading it failed after "
-                f"{len(scanned)} samples ({error}); repair it, or move it out of the collection"
+                f"{found} samples ({error}); repair it, or move it out of the collection"
             ) from error
-        return scanned.table()
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Lost]:
         """See Reader. Neighbouring images are read in one request."""

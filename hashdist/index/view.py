@@ -16,10 +16,15 @@ from hashdist import scan, telemetry
 from hashdist.bits import BIT_ORDER
 from hashdist.errors import Corrupt, InvalidInput
 from hashdist.ids import image_ids
+from hashdist.index.engines import Engine
 from hashdist.index.filters import Filter, Searched, Selection, Selections
 from hashdist.index.seen import last_of_each, read_seen
-from hashdist.shards import Shard, local_file, read_salts
+from hashdist.prefetch import in_order
+from hashdist.shards import Shard, local_file, opening, read_salts
 from hashdist.store.commit import Log, Version
+
+_READ_AT_ONCE = 16
+"""Shards whose keys are read at the same time, where that takes requests."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,13 @@ class Hits:
     Attributes:
         ids: int64 [Q, k'], k' = min(k, rows of the index).
         distances: int32 [Q, k'].
+        scores: float64 [Q, k'] cosines, where they decided the order (two-stage ranking); else None.
     """
 
     ids: NDArray[np.int64]
     distances: NDArray[np.int32]
     _view: "View" = field(repr=False)
+    scores: NDArray[np.float64] | None = None
 
     def keys(self) -> list[list[str]]:
         """The keys, [Q][k']; reads only these rows."""
@@ -158,38 +165,39 @@ class View:
         selection = self.selection(where)
         return selection.copies.get(number) or Searched(shard.codes, shard.ids, selection.shards[number])
 
-    def nearest(self, queries_QW: NDArray[np.uint8], k: int, where: Filter | None = None) -> scan.Nearest:
-        """The k nearest live rows that match by (distance, id), k of them; "rows" of the result are ids."""
-        best: scan.Nearest | None = None
-        for number in range(len(self.shards)):
-            with _timed("load"):
-                codes_NW, ids_N, dead = self.searched(number, where)
-            if not len(ids_N):
-                continue
-            with _timed("scan"):
-                found = scan.nearest(codes_NW, queries_QW, k, dead=dead, bound_Q=_bound(best, k))
-            with _timed("merge"):
-                ids_QK = ids_N[found.rows_QK.clip(min=0)]
-                found = scan.Nearest(found.distances_QK, ids_QK, found.counts_Q)
-                best = found if best is None else scan.merge(best, found, k)
-        if best is None or (best.counts_Q != k).any():
-            raise Corrupt(f"{self.uri}, version {self.number} must hold {self.matching(where)} such rows; verify it")
-        return scan.Nearest(best.distances_QK[:, :k], best.rows_QK[:, :k], best.counts_Q)
+    def nearest(
+        self, queries_QW: NDArray[np.uint8], k: int, where: Filter | None = None, engine: Engine | None = None
+    ) -> scan.Nearest:
+        """The k nearest live rows that match by (distance, id), k of them; "rows" of the result are ids.
 
-    def within(self, queries_QW: NDArray[np.uint8], radius: int, where: Filter | None = None) -> Matches:
+        Args:
+            queries_QW: packed codes.
+            k: at most `matching(where)`.
+            where: only rows that match.
+            engine: what looks at the codes; None = the scan.
+        """
+        if engine is not None:
+            return engine.nearest(self, queries_QW, k, where)
+        with _timed("load"):
+            parts = self._parts(where)
+        with _timed("scan"):
+            found = scan.nearest_of(parts, queries_QW, k)
+        if found.rows_QK.shape[1] < k or (found.counts_Q != k).any():
+            raise Corrupt(f"{self.uri}, version {self.number} must hold {self.matching(where)} such rows; verify it")
+        return found
+
+    def within(
+        self, queries_QW: NDArray[np.uint8], radius: int, where: Filter | None = None, engine: Engine | None = None
+    ) -> Matches:
         """Every live row that matches within the radius of each query."""
-        parts = []
-        for number in range(len(self.shards)):
-            codes_NW, ids_N, dead = self.searched(number, where)
-            ball = scan.within(codes_NW, queries_QW, radius, dead=dead)
-            query = np.repeat(np.arange(len(queries_QW)), np.diff(ball.offsets))
-            parts.append((query, ball.distances, ids_N[ball.rows]))
-        if not parts:
-            return Matches(np.zeros(len(queries_QW) + 1, np.int64), np.empty(0, np.int64), np.empty(0, np.int32), self)
-        query, distances, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
-        order = np.lexsort((ids, distances, query))
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(query, minlength=len(queries_QW)))]).astype(np.int64)
-        return Matches(offsets, ids[order], distances[order], self)
+        if engine is not None:
+            found = engine.within(self, queries_QW, radius, where)
+        else:
+            found = scan.within_of(self._parts(where), queries_QW, radius)
+        return Matches(found.offsets, found.rows, found.distances, self)
+
+    def _parts(self, where: Filter | None) -> list[scan.Part]:
+        return [scan.Part(*self.searched(number, where)) for number in opening(self.shards)]
 
     # Rows by id and by key
 
@@ -203,8 +211,8 @@ class View:
     def locate(self, ids: NDArray[np.int64]) -> Places:
         """Where the live rows of these ids are."""
         shards, rows = np.full(len(ids), -1, np.int64), np.full(len(ids), -1, np.int64)
-        for number, shard in enumerate(self.shards):
-            which, at = shard.find(ids)
+        for number in opening(self.shards, ["ids"]):
+            which, at = self.shards[number].find(ids)
             dead = self.dead(number) if len(at) else None
             if dead is not None:
                 alive = (dead[at >> 3] >> (at & 7)) & 1 == 0
@@ -222,17 +230,26 @@ class View:
     def key_matches(self, keys: Sequence[str], places: Places) -> NDArray[np.bool_]:
         """Whether the row at each place has that key; True where there is no row."""
         matches = np.ones(len(keys), np.bool_)
-        for number, which in places.by_shard():
-            stored = self.shards[number].keys(places.rows[which])
+        for which, stored in self._stored_keys(places):
             matches[which] = [keys[w] == key for w, key in zip(which, stored, strict=True)]
         return matches
 
     def keys_of(self, ids: NDArray[np.int64]) -> list[str]:
         """The keys of live ids."""
         keys = np.empty(len(ids), object)
-        for number, which, places in self._gather(self.locate(ids)):
-            keys[which] = self.shards[number].keys(places.rows)
+        for which, stored in self._stored_keys(self.locate(ids)):
+            keys[which] = stored
         return list(keys)
+
+    def _stored_keys(self, places: Places) -> Iterator[tuple[NDArray[np.int64], list[str]]]:
+        """The keys of the rows at these places, shard by shard: which of them, and their keys."""
+
+        def read(part: tuple[int, NDArray[np.int64]]) -> tuple[NDArray[np.int64], list[str]]:
+            return part[1], self.shards[part[0]].keys(places.rows[part[1]])
+
+        parts = list(places.by_shard())
+        at_hand = all(self.shards[number].has_opened("keys") for number, _ in parts)
+        return map(read, parts) if at_hand else in_order(read, parts, _READ_AT_ONCE)
 
     def codes(self, places: Places) -> NDArray[np.uint8]:
         """The codes at these places, all of which are present."""
@@ -258,24 +275,25 @@ class View:
         tables = (read_seen(self.log.store, entry) for entry in self.manifest.get("seen", ()))
         return last_of_each(table.filter(pc.is_in(table["id"], pa.array(ids, pa.int64()))) for table in tables)
 
-    def rows_between(self, first: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        """id, key and further columns of the live rows with first <= id < stop, shard by shard."""
-        parts = [self._between(number, first, stop, columns) for number in range(len(self.shards))]
-        return pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({"id": [], "key": []})
+    def rows_between(self, first: int, last: int, columns: pa.Schema) -> pa.Table:
+        """id, key and further columns (as these types) of the live rows with first <= id <= last, shard by shard."""
+        schema = pa.schema([("id", pa.int64()), ("key", pa.large_string()), *columns])
+        parts = (self._between(number, first, last, columns.names) for number in range(len(self.shards)))
+        return pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in parts)])
 
-    def notes_between(self, first: int, stop: int) -> pa.Table:
-        """The last note about each image with first <= id < stop, by ascending id."""
+    def notes_between(self, first: int, last: int) -> pa.Table:
+        """The last note about each image with first <= id <= last, by ascending id."""
         found = []
         for entry in self.manifest.get("seen", ()):
             table = read_seen(self.log.store, entry)
-            span = np.searchsorted(table["id"].to_numpy(), [first, stop])
-            found.append(table.slice(span[0], span[1] - span[0]))
+            ids = table["id"].to_numpy()
+            start, stop = np.searchsorted(ids, first), np.searchsorted(ids, last, "right")
+            found.append(table.slice(start, stop - start))
         return last_of_each(found)
 
-    def _between(self, number: int, first: int, stop: int, columns: Sequence[str]) -> pa.Table:
+    def _between(self, number: int, first: int, last: int, columns: Sequence[str]) -> pa.Table:
         shard = self.shards[number]
-        start, end = np.searchsorted(shard.ids, [first, stop])
-        rows = np.arange(start, end)
+        rows = np.arange(np.searchsorted(shard.ids, first), np.searchsorted(shard.ids, last, "right"))
         dead = self.dead(number)
         if dead is not None:
             rows = rows[(dead[rows >> 3] >> (rows & 7)) & 1 == 0]
@@ -295,13 +313,6 @@ class View:
         for name in columns:
             own = own.append_column(name, shard.columns([name], rows)[name])
         return own
-
-
-def _bound(best: scan.Nearest | None, k: int) -> NDArray[np.int32] | None:
-    """Distances beyond which nothing can enter the results so far; None while they are not full."""
-    if best is None or best.distances_QK.shape[1] < k:
-        return None
-    return np.where(best.counts_Q == k, best.distances_QK[:, k - 1], np.iinfo(np.int32).max - 1).astype(np.int32)
 
 
 class _timed:  # noqa: N801

@@ -11,9 +11,10 @@ release the GIL; work is spread over one pool of this module: rows over threads 
 for many (histograms: always rows). Any number of Python threads may search at once.
 """
 
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, no_type_check
@@ -34,6 +35,7 @@ _ROWS_PER_TASK = 1 << 16  # a task is not worth a thread's while below this many
 _QUERIES_PER_TASK = 64
 _BUFFER_BYTES = 64 << 20  # candidates kept per task
 _TILE_BYTES = 1 << 18  # codes and labels that all queries pass together: they stay in the second-level cache
+_SORTED_ALONE = 1 << 14  # matches that one thread puts in order
 _LANES = 4  # counters per distance and relevance: an increment need not wait for the one before
 
 
@@ -56,13 +58,26 @@ class Ball(NamedTuple):
     distances: NDArray[np.int32]
 
 
+class Part(NamedTuple):
+    """Codes that are searched together with others: a shard.
+
+    Attributes:
+        codes_NW: packed codes; may be unaligned or memory-mapped.
+        ids_N: int64, ascending; None where row numbers will do.
+        dead: bitmap of rows to leave out, see `bitmap`.
+    """
+
+    codes_NW: NDArray[np.uint8]
+    ids_N: NDArray[np.int64] | None = None
+    dead: NDArray[np.uint8] | None = None
+
+
 def nearest(
     codes_NW: NDArray[np.uint8],
     queries_QW: NDArray[np.uint8],
     k: int,
     *,
     dead: NDArray[np.uint8] | None = None,
-    bound_Q: NDArray[np.int32] | None = None,
     threads: int = 0,
 ) -> Nearest:
     """The k nearest rows of every query by (Hamming distance, row), exactly.
@@ -72,37 +87,40 @@ def nearest(
         queries_QW: packed codes of the same width.
         k: rows per query at most, >= 1.
         dead: bitmap of rows to leave out, see `bitmap`.
-        bound_Q: largest distance that still matters to each query; a caller who has k results of other shards
-            passes their last distance.
         threads: 0 = all cores.
 
     Returns:
-        Fewer than k rows only where there are no more live ones within the bound.
+        Fewer than k rows only where there are no more live ones.
 
     Raises:
         InvalidInput: arrays of other types or widths, k < 1.
     """
-    _check(codes_NW, queries_QW)
+    return nearest_of([Part(codes_NW, None, dead)], queries_QW, k, threads=threads)
+
+
+def nearest_of(parts: Sequence[Part], queries_QW: NDArray[np.uint8], k: int, *, threads: int = 0) -> Nearest:
+    """The k nearest of the rows of all parts by (Hamming distance, id), exactly; "rows" of the result are ids.
+
+    A thread goes through its share of all parts in one call of the kernel: what it has found in one part is the bound
+    in the next. Arguments and errors as in `nearest`.
+    """
+    for part in parts:
+        _check(part.codes_NW, queries_QW)
     if k < 1:
         raise InvalidInput(f"k must be at least 1, found {k}")
-    rows, width = codes_NW.shape
+    rows = sum(len(part.codes_NW) for part in parts)
     k = min(k, rows)
-    levels = 8 * width + 1
-    cuts_Q = np.full(len(queries_QW), levels, np.int64)
-    if bound_Q is not None:
-        cuts_Q = np.clip(bound_Q.astype(np.int64) + 1, 0, levels)
     out = _empty_nearest(len(queries_QW), k)
     if not out.rows_QK.size:
         return out
-    capacity = 2 * k + _GROUP
-    per_task = max(1, min(_QUERIES_PER_TASK, _BUFFER_BYTES // (capacity * 10)))
+    per_task = max(1, min(_QUERIES_PER_TASK, _BUFFER_BYTES // ((2 * k + _GROUP) * 10)))
     ranges, batches = _split(rows, len(queries_QW), per_task, threads or _cores())
-    codes, words_Q = np.ascontiguousarray(codes_NW), _words(queries_QW)
-    mask = _NO_ROWS if dead is None else dead
+    held = [_addressable(part) for part in parts]
+    words_Q = _words(queries_QW)
 
     def search(row_range: tuple[int, int], batch: tuple[int, int], into: Nearest) -> None:
         q = slice(*batch)
-        _nearest(codes.ctypes.data, *row_range, words_Q[q], *_form(words_Q[q]), mask, levels, cuts_Q[q], *_cut(into, q))
+        _nearest(_pieces(held, *row_range), words_Q[q], *_form(words_Q[q]), 8 * queries_QW.shape[1] + 1, *_cut(into, q))
 
     if len(ranges) == 1:
         _spread([partial(search, ranges[0], batch, out) for batch in batches], threads)
@@ -133,28 +151,54 @@ def within(
     threads: int = 0,
 ) -> Ball:
     """Every row at a Hamming distance of at most `radius` from each query. Arguments and errors as in `nearest`."""
-    _check(codes_NW, queries_QW)
+    return within_of([Part(codes_NW, None, dead)], queries_QW, radius, threads=threads)
+
+
+def within_of(parts: Sequence[Part], queries_QW: NDArray[np.uint8], radius: int, *, threads: int = 0) -> Ball:
+    """Every row of all parts within the radius; "rows" of the result are ids. Otherwise as `within`."""
+    for part in parts:
+        _check(part.codes_NW, queries_QW)
     if radius < 0:
         raise InvalidInput(f"the radius must be at least 0, found {radius}")
-    rows, width = codes_NW.shape
-    levels = min(radius, 8 * width) + 1
+    levels = min(radius, 8 * queries_QW.shape[1]) + 1
+    rows = sum(len(part.codes_NW) for part in parts)
     ranges, batches = _split(rows, len(queries_QW), _QUERIES_PER_TASK, threads or _cores())
-    codes, words_Q = np.ascontiguousarray(codes_NW), _words(queries_QW)
-    mask = _NO_ROWS if dead is None else dead
+    held = [_addressable(part) for part in parts]
+    words_Q = _words(queries_QW)
 
-    def search(row_range: tuple[int, int], batch: tuple[int, int]) -> tuple[NDArray[Any], ...]:
+    def search(row_range: tuple[int, int], batch: tuple[int, int]) -> Found:
         words = words_Q[slice(*batch)]
-        query, row, distance = _within(codes.ctypes.data, *row_range, words, *_form(words), mask, levels)
-        return query + batch[0], row, distance
+        query, ids, distances = _within(_pieces(held, *row_range), words, *_form(words), levels)
+        return Found(query + batch[0], ids, distances)
 
     found = _spread([partial(search, r, b) for r in ranges for b in batches], threads)
-    if not found:
-        return Ball(np.zeros(len(queries_QW) + 1, np.int64), np.empty(0, np.int64), np.empty(0, np.int32))
-    query, row, distance = (np.concatenate(column) for column in zip(*found, strict=True))
-    # rows come in ascending order within (query, range) and ranges in order, so a stable sort is enough
-    order = np.argsort(query * levels + distance, kind="stable")
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(query, minlength=len(queries_QW)))]).astype(np.int64)
-    return Ball(offsets, row[order], distance[order])
+    return ball(found, len(queries_QW), levels, threads=threads)
+
+
+class Found(NamedTuple):
+    """Rows found by one task, in any order: query, row or id, distance."""
+
+    queries: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    distances: NDArray[np.int32]
+
+
+def ball(found: Sequence[Found], queries: int, levels: int, *, threads: int = 0) -> Ball:
+    """What several tasks have found, every (query, row) once, at distances below `levels`, in order."""
+    starts = np.zeros(queries * levels + 1, np.int64)
+    for part in found:
+        _count(part.queries, part.distances, levels, starts)
+    np.cumsum(starts, out=starts)
+    rows, distances = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int32)
+    place = starts[:-1].copy()
+    for part in found:
+        _put(*part, levels, place, rows, distances)
+    groups = blocks(queries * levels, max(1, queries * levels // 16))
+    if len(rows):
+        _spread(
+            [partial(_sort, rows, starts[a : b + 1]) for a, b in groups], 1 if len(rows) < _SORTED_ALONE else threads
+        )
+    return Ball(starts[::levels].copy(), rows, distances)
 
 
 def histograms(
@@ -190,12 +234,13 @@ def histograms(
     rows, width = codes_NW.shape
     codes, words_Q = np.ascontiguousarray(codes_NW), _words(queries_QW)
     labels, query_labels = (np.require(m, np.uint64, ["C", "A", "W"]) for m in (labels_NM, query_labels_QM))
-    mask = _NO_ROWS if dead is None else dead
+    mask = None if dead is None else np.ascontiguousarray(dead, np.uint8)
+    hidden = 0 if mask is None else mask.ctypes.data
     form, tile = (0,) * words_Q.shape[1], max(1, _TILE_BYTES // (_BLOCK * (width + 8 * labels.shape[1])))
 
     def count(row_range: tuple[int, int]) -> NDArray[np.int64]:
         counts = np.zeros((len(queries_QW), 2, 8 * width + 1), np.int64)
-        _histogram(codes.ctypes.data, *row_range, words_Q, form, mask, labels, query_labels, tile, counts)
+        _histogram(codes.ctypes.data, *row_range, words_Q, form, hidden, labels, query_labels, tile, counts)
         return counts
 
     ranges = blocks(rows, max(_BLOCK, -(-rows // (threads or _cores())))) if rows else [(0, 0)]
@@ -213,7 +258,30 @@ def bitmap(rows: NDArray[np.int64], n: int) -> NDArray[np.uint8] | None:
     return np.packbits(flags, bitorder="little")
 
 
-_NO_ROWS = np.empty(0, np.uint8)
+_AS_BYTE, _AS_ID = np.empty(0, np.uint8), np.empty(0, np.int64)
+
+
+def _addressable(part: Part) -> Part:
+    """The same with arrays that can be read by address."""
+    codes_NW, ids_N, dead = part
+    ids = None if ids_N is None else np.ascontiguousarray(ids_N, np.int64)
+    return Part(np.ascontiguousarray(codes_NW), ids, None if dead is None else np.ascontiguousarray(dead, np.uint8))
+
+
+def _pieces(parts: Sequence[Part], row0: int, row1: int) -> NDArray[np.int64]:
+    """What of each part lies in a range of all their rows, int64 [parts, 5].
+
+    Address of the codes, first row, row after the last, address of the ids (0 = rows will do), address of the bitmap
+    of dead rows (0 = all live).
+    """
+    pieces, first = [], 0
+    for codes_NW, ids_N, dead in parts:
+        start, stop = max(row0 - first, 0), min(row1 - first, len(codes_NW))
+        first += len(codes_NW)
+        if start < stop:
+            ids, mask = (0 if a is None else a.ctypes.data for a in (ids_N, dead))
+            pieces.append((codes_NW.ctypes.data, start, stop, ids, mask))
+    return np.array(pieces, np.int64).reshape(-1, 5)
 
 
 def _empty_nearest(queries: int, k: int) -> Nearest:
@@ -290,11 +358,21 @@ if hasattr(os, "register_at_fork"):
 
 
 def _spread(tasks: Iterable[Callable[[], Any]], threads: int) -> list[Any]:
-    """Results of the tasks, in order; in this thread where one is enough."""
+    """Results of the tasks, in order, by so many threads; this one is one of them and waits for none to start."""
     todo = list(tasks)
-    if len(todo) == 1 or threads == 1:
-        return [task() for task in todo]
-    return list(_threads().map(lambda task: task(), todo))
+    results: list[Any] = [None] * len(todo)
+    numbers = itertools.count()
+
+    def work() -> None:
+        while (number := next(numbers)) < len(todo):
+            results[number] = todo[number]()
+
+    helpers = [_threads().submit(work) for _ in range(min(threads or _cores(), len(todo)) - 1)]
+    work()
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
+    return results
 
 
 # Kernels. Codes are read by address, because a mapped file is neither aligned nor writable and every combination
@@ -315,15 +393,18 @@ def _load(_typing: Any, address: Any, index: Any, like: Any) -> Any:
 
 
 @intrinsic
-def _popcount(_typing: Any, word: Any) -> Any:
-    """Bits set in an unsigned word: LLVM's ctpop, a vector instruction where there is one. Of bytes: as uint16."""
-    result = types.uint16 if word == types.uint8 else word
+def _differing(_typing: Any, a: Any, b: Any) -> Any:
+    """Bits in which two words differ, in their own type (bytes: uint16): LLVM's ctpop, a vector instruction or a few.
+
+    numba would widen the words first, and half as many would fit a vector.
+    """
+    result = types.uint16 if a == types.uint8 else a
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        count = builder.ctpop(arguments[0])
-        return count if result == word else builder.zext(count, context.get_value_type(result))
+        count = builder.ctpop(builder.xor(*arguments))
+        return count if result == a else builder.zext(count, context.get_value_type(result))
 
-    return result(word), generate
+    return result(a, b), generate
 
 
 @intrinsic
@@ -336,24 +417,50 @@ def _narrow(_typing: Any, value: Any, like: Any) -> Any:
     return like(value, like), generate
 
 
+@intrinsic
+def _plus(_typing: Any, a: Any, b: Any) -> Any:
+    """a + b in their own type."""
+    return a(a, b), lambda _context, builder, _signature, arguments: builder.add(*arguments)
+
+
+@intrinsic
+def _mark_below(_typing: Any, marks: Any, distance: Any, limit: Any) -> Any:
+    """`marks` with its highest bit set if distance < limit, all of one type: no comparison, no branch."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.or_(arguments[0], builder.sub(arguments[1], arguments[2]))
+
+    return marks(marks, distance, limit), generate
+
+
+@intrinsic
+def _marked(_typing: Any, marks: Any) -> Any:
+    """Whether the highest bit is set."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.icmp_signed("<", arguments[0], context.get_constant(marks, 0))
+
+    return types.boolean(marks), generate
+
+
 @kernel
 @no_type_check
 def _distance(block, r, queries, q, form, turned):
     step, skip = (1, _BLOCK) if len(turned) else (len(form), 1)
-    total = _popcount(_load(block, r * step, queries) ^ queries[q, 0])
+    total = _differing(_load(block, r * step, queries), queries[q, 0])
     for w in range(1, len(form)):
-        total += _popcount(_load(block, r * step + w * skip, queries) ^ queries[q, w])
+        total = _plus(total, _differing(_load(block, r * step + w * skip, queries), queries[q, w]))
     return total
 
 
 @kernel
 @no_type_check
 def _any_below(block, start, stop, queries, q, form, turned, cut):
-    limit = _narrow(cut, _popcount(queries[q, 0]))
-    found = False
+    limit = _narrow(cut, _differing(queries[q, 0], queries[q, 0]))
+    marks = _narrow(0, limit)
     for r in range(start, stop):
-        found |= _distance(block, r, queries, q, form, turned) < limit
-    return found
+        marks = _mark_below(marks, _distance(block, r, queries, q, form, turned), limit)
+    return _marked(marks)
 
 
 @kernel
@@ -371,7 +478,7 @@ def _open_block(codes, start, stop, like, form, turned, buffer):
 @kernel
 @no_type_check
 def _is_dead(dead, row):
-    return dead.size > 0 and (dead[row >> 3] >> (row & 7)) & 1 != 0
+    return dead != 0 and (_load(dead, row >> 3, _AS_BYTE) >> (row & 7)) & 1 != 0
 
 
 @kernel
@@ -392,113 +499,198 @@ def _drop_far(rows, distances, held, k, cut, nearer):
 
 @kernel
 @no_type_check
-def _nearest(codes, row0, row1, queries, form, turned, dead, levels, cuts, out_distances, out_rows, out_counts):
-    count, k = out_rows.shape
+def _seed(distances, count, seen, k):
+    """Cut of the next part and the number of results nearer than it, from what was found in the parts before.
+
+    One of those at distance d may come after a row at d by its id. So it counts as if it were at d + 1: then only rows
+    that cannot matter are left out.
+    """
+    levels = len(seen)
+    seen[:] = 0
+    for c in range(count):
+        if distances[c] + 1 < levels:
+            seen[distances[c] + 1] += 1
+    cut, near = levels, np.int64(0)
+    for d in range(levels):
+        if near + seen[d] >= k:
+            cut = d
+            break
+        near += seen[d]
+    return cut, near
+
+
+@kernel
+@no_type_check
+def _by_distance(distances, rows, have, levels, sorted_distances, sorted_ids, ids):
+    """Counting sort: stable, so rows stay ascending within a distance. Rows become ids."""
+    place = np.zeros(levels + 1, np.int64)
+    for c in range(have):
+        place[distances[c] + 1] += 1
+    for d in range(levels):
+        place[d + 1] += place[d]
+    for c in range(have):
+        d = distances[c]
+        sorted_distances[place[d]] = d
+        sorted_ids[place[d]] = _load(ids, rows[c], _AS_ID) if ids != 0 else rows[c]
+        place[d] += 1
+
+
+@kernel
+@no_type_check
+def _nearest(pieces, queries, form, turned, levels, out_distances, out_ids, out_counts):
+    """The nearest rows of all pieces (`_pieces`), merged into what stands in `out`."""
+    count, k = out_ids.shape
     rows = np.empty((count, 2 * k + _GROUP), np.int64)
     distances = np.empty((count, 2 * k + _GROUP), np.int16)
     held = np.zeros(count, np.int64)
-    nearer = np.zeros(count, np.int64)  # candidates nearer than the cut
-    seen = np.zeros((count, levels), np.int64)  # candidates per distance
-    cut_of = cuts.copy()
+    cut_of = np.zeros(count, np.int64)
+    nearer = np.zeros(count, np.int64)  # results nearer than the cut
+    seen = np.zeros((count, levels), np.int64)  # results per distance
+    old_distances, new_distances = np.empty(k, np.int32), np.empty(k, np.int32)
+    old_ids, new_ids = np.empty(k, np.int64), np.empty(k, np.int64)
     buffer = np.empty((len(form), _BLOCK), queries.dtype)
-    for start in range(row0, row1, _BLOCK):
-        stop = min(start + _BLOCK, row1)
-        block, first = _open_block(codes, start, stop, queries, form, turned, buffer)
-        last = first + stop - start
+    for p in range(len(pieces)):
+        codes, row0, row1, ids, dead = pieces[p]
         for q in range(count):
-            if cut_of[q] == 0 or not _any_below(block, first, last, queries, q, form, turned, cut_of[q]):
-                continue
-            for group in range(first, last, _GROUP):
-                end = min(group + _GROUP, last)
-                if not _any_below(block, group, end, queries, q, form, turned, cut_of[q]):
+            held[q] = 0
+            cut_of[q], nearer[q] = _seed(out_distances[q], out_counts[q], seen[q], k)
+        for start in range(row0, row1, _BLOCK):
+            stop = min(start + _BLOCK, row1)
+            block, first = _open_block(codes, start, stop, queries, form, turned, buffer)
+            last = first + stop - start
+            for q in range(count):
+                if cut_of[q] == 0 or not _any_below(block, first, last, queries, q, form, turned, cut_of[q]):
                     continue
-                cut = cut_of[q]
-                near = nearer[q]
-                have = held[q]
-                if have + _GROUP > rows.shape[1]:
-                    have = _drop_far(rows[q], distances[q], have, k, cut, near)
-                for r in range(group, end):
-                    d = np.int64(_distance(block, r, queries, q, form, turned))
-                    row = start + r - first
-                    if d >= cut or _is_dead(dead, row):
+                for group in range(first, last, _GROUP):
+                    end = min(group + _GROUP, last)
+                    if not _any_below(block, group, end, queries, q, form, turned, cut_of[q]):
                         continue
-                    rows[q, have] = row
-                    distances[q, have] = d
-                    have += 1
-                    seen[q, d] += 1
-                    near += 1
-                    while near >= k:
-                        cut -= 1
-                        near -= seen[q, cut]
-                cut_of[q] = cut
-                nearer[q] = near
-                held[q] = have
-    for q in range(count):
-        have = _drop_far(rows[q], distances[q], held[q], k, cut_of[q], nearer[q])
-        out_counts[q] = have
-        place = np.zeros(levels + 1, np.int64)
-        for c in range(have):
-            place[distances[q, c] + 1] += 1
-        for d in range(levels):
-            place[d + 1] += place[d]
-        for c in range(have):  # counting sort: stable, so rows stay ascending within a distance
-            d = distances[q, c]
-            out_distances[q, place[d]] = d
-            out_rows[q, place[d]] = rows[q, c]
-            place[d] += 1
+                    cut = cut_of[q]
+                    near = nearer[q]
+                    have = held[q]
+                    if have + _GROUP > rows.shape[1]:
+                        have = _drop_far(rows[q], distances[q], have, k, cut, near)
+                    for r in range(group, end):
+                        d = np.int64(_distance(block, r, queries, q, form, turned))
+                        row = start + r - first
+                        if d >= cut or _is_dead(dead, row):
+                            continue
+                        rows[q, have] = row
+                        distances[q, have] = d
+                        have += 1
+                        seen[q, d] += 1
+                        near += 1
+                        while near >= k:
+                            cut -= 1
+                            near -= seen[q, cut]
+                    cut_of[q] = cut
+                    nearer[q] = near
+                    held[q] = have
+        for q in range(count):
+            have = _drop_far(rows[q], distances[q], held[q], k, cut_of[q], nearer[q])
+            _by_distance(distances[q], rows[q], have, levels, new_distances, new_ids, ids)
+            old = out_counts[q]
+            old_distances[:old] = out_distances[q, :old]
+            old_ids[:old] = out_ids[q, :old]
+            out_counts[q] = _merge_two(
+                old_distances, old_ids, old, new_distances, new_ids, have, out_distances[q], out_ids[q]
+            )
+
+
+@kernel
+@no_type_check
+def _merge_two(a_distances, a_ids, a_count, b_distances, b_ids, b_count, distances, ids):
+    """Merge two lists by (distance, id) into one of at most len(ids); returns its length."""
+    total = min(a_count + b_count, len(ids))
+    i = j = 0
+    for c in range(total):
+        left = i < a_count
+        if left and j < b_count:
+            left = a_distances[i] < b_distances[j] or (a_distances[i] == b_distances[j] and a_ids[i] < b_ids[j])
+        if left:
+            distances[c], ids[c] = a_distances[i], a_ids[i]
+            i += 1
+        else:
+            distances[c], ids[c] = b_distances[j], b_ids[j]
+            j += 1
+    return total
 
 
 @kernel
 @no_type_check
 def _merge(a_distances, a_rows, a_counts, b_distances, b_rows, b_counts, distances, rows, counts):
     for q in range(len(counts)):
-        i = j = 0
-        for c in range(counts[q]):
-            left = i < a_counts[q]
-            if left and j < b_counts[q]:
-                da, db = a_distances[q, i], b_distances[q, j]
-                left = da < db or (da == db and a_rows[q, i] < b_rows[q, j])
-            if left:
-                distances[q, c], rows[q, c] = a_distances[q, i], a_rows[q, i]
-                i += 1
-            else:
-                distances[q, c], rows[q, c] = b_distances[q, j], b_rows[q, j]
-                j += 1
+        _merge_two(
+            a_distances[q], a_rows[q], a_counts[q], b_distances[q], b_rows[q], b_counts[q],
+            distances[q, : counts[q]], rows[q, : counts[q]],
+        )  # fmt: skip
 
 
 @kernel
 @no_type_check
-def _within(codes, row0, row1, queries, form, turned, dead, levels):
+def _within(pieces, queries, form, turned, levels):
     found_queries = np.empty(1024, np.int64)
-    found_rows = np.empty(1024, np.int64)
+    found_ids = np.empty(1024, np.int64)
     found_distances = np.empty(1024, np.int32)
     held = 0
     buffer = np.empty((len(form), _BLOCK), queries.dtype)
-    for start in range(row0, row1, _BLOCK):
-        stop = min(start + _BLOCK, row1)
-        block, first = _open_block(codes, start, stop, queries, form, turned, buffer)
-        last = first + stop - start
-        for q in range(len(queries)):
-            if not _any_below(block, first, last, queries, q, form, turned, levels):
-                continue
-            for group in range(first, last, _GROUP):
-                end = min(group + _GROUP, last)
-                if not _any_below(block, group, end, queries, q, form, turned, levels):
+    for p in range(len(pieces)):
+        codes, row0, row1, ids, dead = pieces[p]
+        for start in range(row0, row1, _BLOCK):
+            stop = min(start + _BLOCK, row1)
+            block, first = _open_block(codes, start, stop, queries, form, turned, buffer)
+            last = first + stop - start
+            for q in range(len(queries)):
+                if not _any_below(block, first, last, queries, q, form, turned, levels):
                     continue
-                if held + _GROUP > len(found_rows):
-                    found_queries = np.concatenate((found_queries, np.empty_like(found_queries)))
-                    found_rows = np.concatenate((found_rows, np.empty_like(found_rows)))
-                    found_distances = np.concatenate((found_distances, np.empty_like(found_distances)))
-                for r in range(group, end):
-                    d = np.int64(_distance(block, r, queries, q, form, turned))
-                    row = start + r - first
-                    if d >= levels or _is_dead(dead, row):
+                for group in range(first, last, _GROUP):
+                    end = min(group + _GROUP, last)
+                    if not _any_below(block, group, end, queries, q, form, turned, levels):
                         continue
-                    found_queries[held] = q
-                    found_rows[held] = row
-                    found_distances[held] = d
-                    held += 1
-    return found_queries[:held].copy(), found_rows[:held].copy(), found_distances[:held].copy()
+                    if held + _GROUP > len(found_ids):
+                        found_queries = np.concatenate((found_queries, np.empty_like(found_queries)))
+                        found_ids = np.concatenate((found_ids, np.empty_like(found_ids)))
+                        found_distances = np.concatenate((found_distances, np.empty_like(found_distances)))
+                    for r in range(group, end):
+                        d = np.int64(_distance(block, r, queries, q, form, turned))
+                        row = start + r - first
+                        if d >= levels or _is_dead(dead, row):
+                            continue
+                        found_queries[held] = q
+                        found_ids[held] = _load(ids, row, _AS_ID) if ids != 0 else row
+                        found_distances[held] = d
+                        held += 1
+    return found_queries[:held].copy(), found_ids[:held].copy(), found_distances[:held].copy()
+
+
+@kernel
+@no_type_check
+def _count(queries, distances, levels, starts):
+    """Count (query, distance) into starts[1 + query * levels + distance]."""
+    for c in range(len(queries)):
+        starts[1 + queries[c] * levels + distances[c]] += 1
+
+
+@kernel
+@no_type_check
+def _put(queries, rows, distances, levels, place, out_rows, out_distances):
+    for c in range(len(queries)):
+        group = queries[c] * levels + distances[c]
+        out_rows[place[group]] = rows[c]
+        out_distances[place[group]] = distances[c]
+        place[group] += 1
+
+
+@kernel
+@no_type_check
+def _sort(rows, starts):
+    """Sort each group; most came in order."""
+    for g in range(len(starts) - 1):
+        group = rows[starts[g] : starts[g + 1]]
+        for c in range(1, len(group)):
+            if group[c] < group[c - 1]:
+                group.sort()
+                break
 
 
 @kernel

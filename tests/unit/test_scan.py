@@ -111,16 +111,38 @@ def test_rows_cut_into_ranges_give_the_same_lists(monkeypatch: pytest.MonkeyPatc
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_bound_leaves_out_only_what_is_beyond_it() -> None:
-    codes, asked = random_codes(2000, 2), random_codes(5, 2, seed=1)
-    free = scan.nearest(codes, asked, 50)
-    bound = free.distances_QK[:, 30].astype(np.int32)
-    got = scan.nearest(codes, asked, 50, bound_Q=bound)
-    for q in range(5):
-        wanted = int((free.distances_QK[q] <= bound[q]).sum())
-        assert got.counts_Q[q] == wanted > 30
-        np.testing.assert_array_equal(got.rows_QK[q, :wanted], free.rows_QK[q, :wanted])
-    assert scan.nearest(codes, asked, 5, bound_Q=np.full(5, -1, np.int32)).counts_Q.tolist() == [0] * 5
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 400), max_size=6),
+    k=st.integers(1, 600),
+    distinct=st.sampled_from([2, 30, 1 << 16]),
+    queries=st.sampled_from([1, 3, 20]),
+    threads=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 10_000),
+)
+def test_parts_with_ids_of_their_own(
+    sizes: list[int], k: int, distinct: int, queries: int, threads: int, seed: int
+) -> None:
+    """Shards whose ids lie between one another's give what one sorted list of all rows gives."""
+    rng, n = np.random.default_rng(seed), sum(sizes)
+    ids, codes = rng.permutation(10 * n)[:n].astype(np.int64) - n, random_codes(max(n, 1), 2, seed, distinct)[:n]
+    gone, asked = rng.random(n) < 0.1, random_codes(queries, 2, seed + 1)
+    parts, first = [], 0
+    for size in sizes:
+        here = first + np.argsort(ids[first : first + size])
+        parts.append(scan.Part(codes[here], ids[here], scan.bitmap(np.flatnonzero(gone[here]), size)))
+        first += size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "_ROWS_PER_TASK", 70)
+        got, ball = scan.nearest_of(parts, asked, k, threads=threads), scan.within_of(parts, asked, 6, threads=threads)
+    live = np.flatnonzero(~gone)
+    for q, row in enumerate(distances(codes[live], asked)):
+        order = np.lexsort((ids[live], row))
+        assert got.counts_Q[q] == min(k, len(live))
+        np.testing.assert_array_equal(got.rows_QK[q, : got.counts_Q[q]], ids[live][order[:k]])
+        near, span = order[row[order] <= 6], slice(ball.offsets[q], ball.offsets[q + 1])
+        np.testing.assert_array_equal(ball.rows[span], ids[live][near])
+        np.testing.assert_array_equal(ball.distances[span], row[near])
 
 
 def test_merging_parts_gives_the_whole() -> None:

@@ -138,7 +138,7 @@ def _download(store: Store, entry: Mapping[str, Any], descriptor: int) -> str:
     digest = hashlib.sha256()
     fetch = partial(_fetch, store, entry["path"], descriptor)
     ranges = list(blocks(entry["bytes"], _RANGE_BYTES))
-    futures = [_requests(os.getpid()).submit(fetch, *span) for span in ranges]
+    futures = [requests().submit(fetch, *span) for span in ranges]
     try:
         for (start, stop), future in zip(ranges, futures, strict=True):
             future.result()
@@ -163,6 +163,11 @@ def _fetch(store: Store, name: str, descriptor: int, start: int, stop: int) -> N
     while data:
         written = os.pwrite(descriptor, data, start)
         data, start = data[written:], start + written
+
+
+def requests() -> ThreadPoolExecutor:
+    """The threads by which this process fetches ranges; work handed to them must not wait for other such work."""
+    return _requests(os.getpid())
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ long as a megabyte does.
 import threading
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,12 @@ import pyarrow as pa
 import pyarrow.ipc
 from numpy.typing import NDArray
 
+from hashdist.cache import requests
 from hashdist.order import blocks
-from hashdist.prefetch import in_order
 from hashdist.store import Store
 
 BATCH_ROWS = 8192
 _SMALL_BYTES = 1 << 20
-_REQUESTS = 8
 _MAGIC = 8  # bytes before the schema: "ARROW1", padded
 _PREFIX = 8  # of a message: continuation mark, length of what follows
 _HEAD_BYTES = 1024  # enough for magic, schema and footer of the metadata, beside the digits
@@ -101,7 +101,7 @@ class KeyFile:
             self._fetched += int((head.starts[batches + 1] - head.starts[batches]).sum())
             if self._fetched > self._entry["bytes"] // 2:
                 return None
-            return list(in_order(lambda batch: self._read(head, int(batch)), batches, min(_REQUESTS, len(batches))))
+            return list(requests().map(partial(self._read, head), batches.tolist()))
         except (pa.ArrowException, ValueError, IndexError, KeyError):
             return None
 

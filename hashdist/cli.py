@@ -23,6 +23,7 @@ from hashdist.progress import say
 from hashdist.settings import (
     CompareOptions,
     ConvertOptions,
+    PromoteOptions,
     ProtocolCheckOptions,
     ProtocolOptions,
     QuickstartOptions,
@@ -77,6 +78,10 @@ COMMANDS = {
     "index rollback": Command(
         "a new version with the content of an older one", "hashdist.commands:index_rollback", options=RollbackOptions
     ),
+    "index promote": Command(
+        "serve the candidate that waits", "hashdist.commands:index_promote", options=PromoteOptions
+    ),
+    "index discard": Command("drop the candidate that waits", "hashdist.commands:index_discard"),
     "index verify": Command("read and check every byte of every kept version", "hashdist.commands:index_verify"),
     "index vacuum": Command(
         "expire old versions, and delete what nothing needs", "hashdist.commands:index_vacuum", options=VacuumOptions

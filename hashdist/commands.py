@@ -17,8 +17,16 @@ from hashdist.collections import open_collection
 from hashdist.errors import InvalidInput, NotFound
 from hashdist.ids import assign_salts, image_ids
 from hashdist.index import Hits, Index, open_index
+from hashdist.index.promotion import discard, promote
 from hashdist.schema import OK
-from hashdist.settings import ConvertOptions, ProtocolCheckOptions, ProtocolOptions, SearchOptions, Settings
+from hashdist.settings import (
+    ConvertOptions,
+    PromoteOptions,
+    ProtocolCheckOptions,
+    ProtocolOptions,
+    SearchOptions,
+    Settings,
+)
 from hashdist.snapshots import read_vectors
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, prove_conditional_create
@@ -31,13 +39,16 @@ img{{height:96px;image-rendering:auto}}figcaption{{max-width:12em;overflow-wrap:
 """
 
 
-def index_of(settings: Settings, version: int | str = 0) -> Index:
-    """The index that the settings name, at `version` (a number or tag; 0 = the newest). Raises InvalidInput."""
+def index_of(settings: Settings, version: int | str = 0, *, candidate: bool = False) -> Index:
+    """The index that the settings name, at `version` (a number or tag; 0 = the newest), or its candidate.
+
+    Raises InvalidInput where they name none.
+    """
     if not settings.index.uri and not settings.root:
         raise InvalidInput(
             "an index is required, found none; give --index.uri URI, or --root URI and --index.name NAME"
         )
-    return open_index(settings.index.location(settings.root), version=version or None)
+    return open_index(settings.index.location(settings.root), version=version or None, candidate=candidate)
 
 
 def index_log(settings: Settings) -> dict[str, Any]:
@@ -51,9 +62,28 @@ def index_log(settings: Settings) -> dict[str, Any]:
     return {"index": index.uri, "versions": versions, "text": "\n".join([index.uri, *lines])}
 
 
+def index_promote(settings: Settings, options: PromoteOptions) -> dict[str, Any]:
+    """Serve the candidate that waits: if it passes the gate by the limits of these settings, or by force."""
+    index = index_of(settings)
+    # brings torch with it, which a promotion by force does without
+    gate = None if options.force else importlib.import_module("hashdist.gate").for_candidate(settings, index)
+    version = promote(index, gate, force=options.force, reason=options.reason)
+    forced = index.manifest.get("forced")
+    how = f"by force, without {', '.join(forced['failed'])}" if forced else "the gate has passed"
+    text = f"{index.uri}: version {version} serves the candidate: {how}; `hashdist index rollback` undoes it"
+    return {"index": index.uri, "version": version, "rows": index.rows, "forced": forced, "text": text}
+
+
+def index_discard(settings: Settings) -> dict[str, Any]:
+    """Drop the candidate that waits; what is served stays."""
+    index = index_of(settings)
+    version = discard(index)
+    return {"index": index.uri, "version": version, "text": f"{index.uri}: version {version} has no candidate"}
+
+
 def search(settings: Settings, options: SearchOptions) -> dict[str, Any]:
     """Search by image file, by key or by code: results in (distance, id) order, as a table and as a sheet."""
-    index = index_of(settings, options.version)
+    index = index_of(settings, options.version, candidate=options.candidate)
     code = _query(index, options)
     hits = index.search(code, k=options.k)
     rows = [

@@ -216,6 +216,37 @@ class IndexSettings:
 
 
 @dataclass(frozen=True)
+class GateSettings:
+    """What a new version of the index must show before it is served; else it waits as a candidate (docs/promotion.md).
+
+    Args:
+        probes: images that are encoded again, and whose codes must be the stored ones.
+        agreement: share of them whose code must be equal; none may be more than one bit away.
+        parts: parts of the features, or of the collection, that are read for this at most, evenly spaced.
+        sample: images of the probe set, within which quality is measured; chosen once, then kept.
+        queries: how many of them are queries.
+        recall_at: k of recall@k by exact cosine neighbours; where images have labels it is mAP instead.
+        tolerance: share of the last version's mAP or recall that may be lost.
+        constant_bits: share of the bits that may be equal in 98 % of the images.
+        collisions: probability that two images have equal codes, at most.
+        lost_rows: share of the served rows that may be gone.
+        fewest: rows below which quality, bits and collisions are not judged.
+    """
+
+    probes: int = 1000
+    agreement: float = 0.999
+    parts: int = 32
+    sample: int = 10_000
+    queries: int = 500
+    recall_at: int = 10
+    tolerance: float = 0.05
+    constant_bits: float = 0.25
+    collisions: float = 0.5
+    lost_rows: float = 0.05
+    fewest: int = 200
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """What is measured.
 
@@ -285,6 +316,7 @@ class Settings:
     train: TrainSettings = field(default_factory=TrainSettings)
     encode: EncodeSettings = field(default_factory=EncodeSettings)
     index: IndexSettings = field(default_factory=IndexSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
@@ -305,6 +337,7 @@ class SearchOptions:
         model: URI of the model that encodes --image; empty = the one that the index was made with.
         k: number of results.
         html: write the results as a sheet of pictures to this file as well.
+        candidate: search the candidate that waits for promotion.
     """
 
     version: int | str = 0
@@ -314,6 +347,20 @@ class SearchOptions:
     model: str = ""
     k: int = 10
     html: str = ""
+    candidate: bool = False
+
+
+@dataclass(frozen=True)
+class PromoteOptions:
+    """Whether the candidate is served although the gate did not pass.
+
+    Args:
+        force: serve it in any case; the reason and the checks that failed are recorded.
+        reason: why.
+    """
+
+    force: bool = False
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def ranked(
         k: results.
     """
     ids, back = np.unique(found.rows_QK, return_inverse=True)
-    features_ND = features(view, view.locate(ids))
+    features_ND = view.features(ids)
     rows_QC = back.reshape(found.rows_QK.shape)
     scores_QC = np.empty(rows_QC.shape, np.float64)
     for q, rows in enumerate(rows_QC):

@@ -15,10 +15,13 @@ from hashdist import telemetry
 from hashdist.bits import check_bits
 from hashdist.errors import AlreadyExists, Conflict, InvalidInput, NotFound
 from hashdist.index import filters, promotion
+from hashdist.index import rerank as second_stage
 from hashdist.index.change import Applied, Change, OnExisting, Plan, checked_columns, checked_keys, some
+from hashdist.index.engines import Engine, find_engine
 from hashdist.index.filters import Filter
-from hashdist.index.manifest import CONTENT, first, is_expired, resolve, stamped, successor
+from hashdist.index.manifest import CONTENT, first, is_expired, resolve, rewritten, stamped, successor
 from hashdist.index.promotion import Gate
+from hashdist.index.rerank import unit_rows
 from hashdist.index.seen import FOLDER, MOST_FILES, SEEN, SUFFIX, last_of_each, read_seen, write_seen
 from hashdist.index.view import Hits, Matches, View
 from hashdist.order import blocks
@@ -62,8 +65,12 @@ def open_index(uri: str, version: int | str | None = None, *, candidate: bool = 
     newest = log.latest()
     if newest is None:
         raise NotFound(f"{log.uri} holds no index; make one with create_index or `hashdist index build`")
+    if version is not None and candidate:
+        raise InvalidInput("an older version or the candidate can be opened, found both; leave one out")
     if version is not None:
-        return Index(log, log.read(resolve(newest.manifest, version)), writable=False)
+        number = resolve(newest.manifest, version)
+        record = rewritten(log.read(number).manifest, newest.manifest)
+        return Index(log, Version(number, dict(record)), writable=False)
     if candidate:
         return Index(log, promotion.as_content(newest, log.uri), writable=False)
     return Index(log, newest)
@@ -189,35 +196,66 @@ class Index:
 
     # Reading
 
-    def search(self, codes: NDArray[np.uint8], k: int, where: Filter | str | None = None) -> Hits:
+    def search(
+        self,
+        codes: NDArray[np.uint8],
+        k: int,
+        where: Filter | str | None = None,
+        *,
+        engine: str | Engine = "scan",
+        rerank: NDArray[np.floating[Any]] | None = None,
+        candidates: int = 0,
+    ) -> Hits:
         """The k nearest images of every code, exactly, in (distance, id) order.
 
         Args:
             codes: uint8 [Q, L/8].
             k: results per code; cut to the number of rows that match.
             where: only rows that match this filter (hashdist/index/filters.py), which may be given as text.
+            engine: what looks at the codes (hashdist/index/engines.py); `ivf` and `multihash` are approximate.
+            rerank: features [Q, D] of the queries: the nearest `candidates` are then ordered by (cosine, id), and the
+                first k of them are the result (hashdist/index/rerank.py).
+            candidates: 0 = 10 k.
 
         Raises:
-            InvalidInput: codes of another length or type, k < 1. Corrupt, NotFound, Unavailable: a shard's file.
+            InvalidInput: codes of another length or type, k < 1, a filter or an engine that cannot be, features where
+                the index has none. Corrupt, NotFound, Unavailable: a shard's file.
         """
-        view, queries_QW, where = self._view, self._codes(codes), _filter(where)
+        view, queries_QW, where, looked_at = self._view, self._codes(codes), _filter(where), find_engine(engine)
         if not isinstance(k, int | np.integer) or k < 1:
             raise InvalidInput(f"k must be a whole number of at least 1, found {k!r}")
-        k = min(int(k), view.matching(where))
-        if not k:
-            return Hits(np.empty((len(queries_QW), 0), np.int64), np.empty((len(queries_QW), 0), np.int32), view)
-        spans = blocks(len(queries_QW), max(1, _RESULTS_AT_ONCE // k))
-        found = [view.nearest(queries_QW[a:b], k, where) for a, b in spans]
-        if not found:
-            return Hits(np.empty((0, k), np.int64), np.empty((0, k), np.int32), view)
-        return Hits(np.concatenate([f.rows_QK for f in found]), np.concatenate([f.distances_QK for f in found]), view)
+        if rerank is not None:
+            rerank = second_stage.check(view, rerank, len(queries_QW))
+            candidates = candidates or second_stage.CANDIDATES_PER_RESULT * int(k)
+        if candidates and candidates < k:
+            raise InvalidInput(f"there must be at least k = {k} candidates, found {candidates}")
+        matching = view.matching(where)
+        k = min(int(k), matching)
+        depth = k if rerank is None else min(int(candidates), matching)
+        ids, distances = np.empty((len(queries_QW), k), np.int64), np.empty((len(queries_QW), k), np.int32)
+        scores = None if rerank is None else np.empty((len(queries_QW), k), np.float64)
+        for start, stop in blocks(len(queries_QW) if k else 0, max(1, _RESULTS_AT_ONCE // max(depth, 1))):
+            found = view.nearest(queries_QW[start:stop], depth, where, looked_at)
+            if rerank is not None and scores is not None:
+                found, scores[start:stop] = second_stage.ranked(view, rerank[start:stop], found, k)
+            ids[start:stop], distances[start:stop] = found.rows_QK, found.distances_QK
+        return Hits(ids, distances, view, scores)
 
-    def search_within(self, codes: NDArray[np.uint8], radius: int, where: Filter | str | None = None) -> Matches:
+    def search_within(
+        self,
+        codes: NDArray[np.uint8],
+        radius: int,
+        where: Filter | str | None = None,
+        *,
+        engine: str | Engine = "scan",
+    ) -> Matches:
         """Every image within a Hamming distance of `radius` of each code. Arguments and errors as in `search`."""
-        view, queries_QW, where = self._view, self._codes(codes), _filter(where)
+        view, queries_QW, where, looked_at = self._view, self._codes(codes), _filter(where), find_engine(engine)
+        if looked_at is not None and not looked_at.by_radius:
+            raise InvalidInput(f"{engine} does not search by radius; use scan, multihash, faiss or torch")
         if not isinstance(radius, int | np.integer) or radius < 0:
             raise InvalidInput(f"the radius must be a whole number of at least 0, found {radius!r}")
-        return view.within(queries_QW, int(radius), where)
+        return view.within(queries_QW, int(radius), where, looked_at)
 
     def codes_of(self, keys: Sequence[str]) -> NDArray[np.uint8]:
         """The codes of these images, uint8 [N, L/8]. Raises NotFound for keys that are not in the index."""
@@ -287,6 +325,7 @@ class Index:
         lineage: Mapping[str, Any] | None = None,
         gate: Gate | None = None,
         seen: pa.Table | None = None,
+        rerank: NDArray[np.floating[Any]] | None = None,
     ) -> Applied:
         """Add, change and remove images in one commit, or in none where there is nothing to do.
 
@@ -296,6 +335,7 @@ class Index:
             lineage: fields for the manifest: what the rows were made from.
             gate: looks at the result before it is committed (hashdist/index/promotion.py).
             seen: notes about images that get no row (hashdist/index/seen.py), one an image, by ascending id.
+            rerank: features [N, D], which an index that keeps them (hashdist/index/rerank.py) wants of all its rows.
 
         The rest as in `append`. Raises also Refused: the gate did not pass, and the result waits as a candidate.
         """
@@ -312,7 +352,7 @@ class Index:
             seen=SEEN.empty_table() if seen is None else seen,
         )
         change.check()
-        proposal = _Apply(self._log, change)
+        proposal = _Apply(self._log, change, rerank)
         committed = self.transact(proposal, gate)
         if committed is None:
             return Applied(self.version, 0, 0, 0, proposal.plan.unknown)
@@ -354,6 +394,7 @@ class Index:
             "seen": [],
             "vocabulary": None,
             "quality": None,
+            second_stage.PART: None,
             "rows": sum(shard["rows"] for shard in shards),
             **{name: value for name, value in lineage.items() if name in CONTENT},
         }
@@ -454,8 +495,9 @@ class Index:
 class _Apply:
     """Proposes a change upon one version after the other; files are written again only where the plan differs."""
 
-    def __init__(self, log: Log, change: Change) -> None:
+    def __init__(self, log: Log, change: Change, features_ND: NDArray[np.floating[Any]] | None) -> None:
         self._store, self._names, self._change = log.store, log.new_attempt(), change
+        self._features, self._units = features_ND, None if features_ND is None else unit_rows(features_ND)
         self._written: tuple[Plan, dict[str, Any]] | None = None
         self._noted: tuple[list[dict[str, Any]], pa.Table, dict[str, Any]] | None = None
         self._basis: dict[str, Any] = {}
@@ -471,6 +513,7 @@ class _Apply:
         plan = self.plan = self._change.plan(view, rebased=tried > 0)
         if plan.empty:
             return None
+        kept = second_stage.kept(view.manifest, self._features, len(plan.rows) and len(self._change.keys))
         if self._written is None or not self._written[0].same_files(plan):
             self._written = plan, self._write(plan)
         new, old, number = self._written[1], view.manifest, view.number + 1
@@ -481,6 +524,7 @@ class _Apply:
             "tombstones": [*old["tombstones"], *stamped(new["tombstones"], number)],
             "salts": [*old["salts"], *stamped(new["salts"], number)],
             "seen": self._seen(old.get("seen", []), plan.seen, number),
+            second_stage.PART: kept,
         }
         counts = {"added": len(plan.rows) - len(plan.replaced), "replaced": len(plan.replaced)}
         about = {**self._change.fields, **counts, "removed": len(plan.removed)}
@@ -493,7 +537,9 @@ class _Apply:
         for start, stop in blocks(len(plan.rows), SHARD_ROWS):
             rows = plan.rows[start:stop]
             keys = [self._change.keys[row] for row in rows]
-            part = Rows(plan.ids[start:stop], self._change.codes[rows], keys, self._change.columns.take(rows))
+            arrays = {} if self._units is None else {second_stage.PART: self._units[rows]}
+            columns = self._change.columns.take(rows)
+            part = Rows(plan.ids[start:stop], self._change.codes[rows], keys, columns, arrays)
             shards.append(write_shard(self._store, partial(self._names.new, "shards"), part))
         hidden = plan.hidden
         tombstones = [write_ids(self._store, self._names.new("tombstones", ".npy"), hidden)] if len(hidden) else []

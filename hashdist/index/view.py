@@ -18,6 +18,7 @@ from hashdist.errors import Corrupt, InvalidInput
 from hashdist.ids import image_ids
 from hashdist.index.engines import Engine
 from hashdist.index.filters import Filter, Searched, Selection, Selections
+from hashdist.index.rerank import features
 from hashdist.index.seen import last_of_each, read_seen
 from hashdist.prefetch import in_order
 from hashdist.shards import Shard, local_file, opening, read_salts
@@ -257,6 +258,10 @@ class View:
         for number, which, here in self._gather(places):
             codes[which] = self.shards[number].codes[here.rows]
         return codes
+
+    def features(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
+        """The features kept of live ids, float16 [N, D]; for versions that keep them (hashdist/index/rerank.py)."""
+        return features(self, self.locate(ids))
 
     def column(self, places: Places, name: str) -> list[Any]:
         """One column at these places, all of which are present."""

@@ -41,6 +41,7 @@ from hashdist.index.manifest import (
     kept_numbers,
     ranges,
     resolve,
+    rewritten,
     successor,
 )
 from hashdist.index.pins import Clock, Pin, Pins, pinned, read_pins, store_time
@@ -67,11 +68,6 @@ def seconds(text: str) -> float:
     if match is None:
         raise InvalidInput(f"a duration must be a number with s, m, h, d or w, such as 7d, found {text!r}")
     return float(match[1]) * _UNITS[match[2]]
-
-
-def rewritten(record: Mapping[str, Any], head: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG001
-    """STAND-IN."""
-    return record
 
 
 # Tags and rollback

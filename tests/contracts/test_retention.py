@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from faults import Crash, FaultyStore
 from index_world import Contents, codes_of, contents
 
+import hashdist
 from hashdist.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound, OutcomeUnknown, Unavailable
-from hashdist.index import Index, create_index, open_index, pins, retention
+from hashdist.index import Index, create_index, open_index, pins, retention, verification
 from hashdist.index.manifest import content, files, is_expired
 from hashdist.index.view import View
+from hashdist.shards import parts, write_ids
 from hashdist.store import Store, commit
 from hashdist.store.commit import Log, write_file
 
@@ -675,3 +678,91 @@ def test_durations() -> None:
     for text in ("7", "d", "-1d", "7 days", ""):
         with pytest.raises(InvalidInput, match="such as 7d"):
             retention.seconds(text)
+
+
+# Verification
+
+
+def test_a_sound_index_has_no_faults(uri: str) -> None:
+    index = grown(uri)
+    retention.tag(index, "b", 2)
+    done = verification.verify(index)
+    assert done.faults == []
+    assert (done.versions, done.rows) == (6, 5)
+    stored = {e.name: e.size for e in index.store.list() if not e.name.startswith("manifests/")}
+    assert (done.files, done.bytes) == (len(stored), sum(stored.values()))
+    index.append(codes_of([1]), ["z"])
+    retention.rollback(index, 2)
+    retention.vacuum(index, 7 * DAY, clock=days_later(8))
+    assert verification.verify(open_index(uri)).versions == 3
+
+
+def overwrite(store: Store, name: str, change: Callable[[bytes], bytes]) -> None:
+    data = store.get(name)
+    store.delete(name)
+    store.put(name, change(data))
+
+
+def test_every_fault_is_listed_with_the_versions_that_have_it(uri: str) -> None:
+    index = grown(uri)
+    hashdist.open_index(uri).search(codes_of([1]), 1)  # a good copy in the cache proves nothing
+    shards = [parts(entry) for entry in index.manifest["shards"]]
+    tombstones = [entry["path"] for entry in index.manifest["tombstones"]]
+    flipped, cut, gone = shards[0]["codes"]["path"], shards[1]["keys"]["path"], shards[2]["ids"]["path"]
+    overwrite(index.store, flipped, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
+    overwrite(index.store, cut, lambda data: data[:-3])
+    index.store.delete(gone)
+    overwrite(index.store, tombstones[0], lambda data: data + b"x")
+    overwrite(index.store, "manifests/00000000000000000002.json", lambda data: data.replace(b'"rows":3', b'"rows":4'))
+    faults = verification.verify(index).faults
+    assert {fault.file: fault.versions for fault in faults if fault.file} == {
+        flipped: ["3", "4", "5"],
+        cut: ["3", "4", "5"],
+        gone: ["4", "5"],
+        tombstones[0]: ["4", "5"],
+        "manifests/00000000000000000002.json": ["2"],
+    }
+
+
+def test_what_checksums_do_not_show_is_found_by_counting(uri: str) -> None:
+    """Versions that a broken writer might have committed: every file is sound, and yet."""
+    index = grown(uri)
+    base = dict(index.manifest)
+
+    def committed(**changed: Any) -> list[str]:
+        index.transact(lambda view, tried: retention.successor(view.version, "broken", {**content(base), **changed}))
+        return sorted(f.fault for f in verification.verify(index).faults if f.versions == [str(index.version)])
+
+    assert committed() == []
+    assert committed(rows=7) == ["7 live rows were committed, found 3"]
+    first = base["shards"][0]
+    twice = "1 ids live in two shards"
+    assert committed(shards=[*base["shards"], first]) == [twice, "3 live rows were committed, found 4"]
+    assert committed(tombstones=[]) == [twice, "3 live rows were committed, found 5"]
+    unsorted = write_ids(index.store, f"tombstones/{'a' * 32}/x.npy", np.array([3, 1], np.int64))
+    told = committed(tombstones=[*base["tombstones"], {**unsorted, "version": 9}])
+    assert told == [
+        "2 ascending int64 ids are required, found int64 [2]",
+        "its live rows cannot be counted because of faults in its files",
+    ]
+
+
+def test_counting_in_spans_of_ids_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = create_index(str(tmp_path / "index"), bits=16)
+    keys = [f"k{i}" for i in range(500)]
+    index.append(codes_of(list(range(500))), keys)
+    index.append(codes_of(list(range(100))), keys[:100], on_existing="replace")
+    index.delete(keys[50:300])
+    monkeypatch.setattr(verification, "_ROWS_AT_ONCE", 60)
+    assert verification.verify(index).faults == []
+    record = {**content(index.manifest), "tombstones": index.manifest["tombstones"][1:]}
+    index.transact(lambda view, tried: retention.successor(view.version, "broken", record))
+    told = [fault.fault for fault in verification.verify(index).faults]
+    assert told == ["250 live rows were committed, found 300", "50 ids live in two shards"]
+
+
+def test_a_gap_in_the_log_is_a_fault(uri: str) -> None:
+    index = grown(uri)
+    index.store.delete("manifests/00000000000000000003.json")
+    faults = verification.verify(index).faults
+    assert [(f.versions, f.fault) for f in faults] == [(["3"], "the record is missing")]

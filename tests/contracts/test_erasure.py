@@ -1,0 +1,387 @@
+"""Erasure: nothing under the root holds the image any more, and every version answers as before without it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from faults import Crash, FaultyStore
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hashdist import ids as ids_module
+from hashdist.bits import hamming
+from hashdist.errors import Conflict, InvalidInput, Refused
+from hashdist.index import Index, change, create_index, open_index, promotion, retention
+from hashdist.index.compaction import compact
+from hashdist.index.erasure import Erased, purge
+from hashdist.index.manifest import content, successor
+from hashdist.index.seen import SEEN
+from hashdist.settings import IndexSettings
+from hashdist.store import open_store
+from hashdist.store.commit import Log
+
+History = dict[int, dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def uri(root_uri: str) -> str:
+    return f"{root_uri}/indexes/photos"
+
+
+def random_codes(n: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (n, 8), dtype=np.uint8)
+
+
+def check(index: Index, model: dict[str, Any]) -> None:
+    """The index answers as the dict does, by brute force."""
+    salts = index.view.salts
+    assert index.rows == len(model)
+    assert sorted(index.keys()) == sorted(model)
+    queries = random_codes(2, seed=99)
+    hits = index.search(queries, 7)
+    for q, query in enumerate(queries):
+        ranked = sorted(
+            (int(hamming(query, code)), ids_module.image_id(key, salts.get(key, 0)), key) for key, code in model.items()
+        )
+        assert list(zip(hits.distances[q], hits.ids[q], hits.keys()[q], strict=True)) == ranked[:7]
+    if model:
+        np.testing.assert_array_equal(index.codes_of(list(model)), np.stack(list(model.values())))
+
+
+def check_history(uri: str, history: History, without: set[str]) -> None:
+    for version, model in history.items():
+        check(open_index(uri, version=version), {key: code for key, code in model.items() if key not in without})
+
+
+def traces(root: str, *needles: bytes) -> list[str]:
+    """Names of the objects under a root whose bytes hold one of the needles."""
+    store = open_store(root)
+    return [entry.name for entry in store.list() if any(needle in store.get(entry.name) for needle in needles)]
+
+
+def needles(key: str, codes: Any, salt: int = 0) -> list[bytes]:
+    """What an image would leave behind: key, id and codes."""
+    return [key.encode(), ids_module.image_id(key, salt).to_bytes(8, "little"), *(code.tobytes() for code in codes)]
+
+
+def grown(uri: str) -> tuple[Index, History, Any]:
+    """`secret-one` joins, is changed, deleted, and joins again; `secret-two` stays; the last codes are theirs."""
+    index = create_index(uri, bits=64)
+    codes = random_codes(50)
+    model: dict[str, Any] = {}
+    history: History = {1: {}}
+
+    def step(added: dict[str, Any], removed: tuple[str, ...] = ()) -> None:
+        nonlocal model
+        keys = list(added)
+        table = {"digest": [f"digest of {key}" for key in keys], "labels": [[1]] * len(keys)}
+        index.apply(np.stack([*added.values(), codes[0]])[: len(keys)], keys, table, removed=removed)
+        model = {key: code for key, code in model.items() if key not in removed} | added
+        history[index.version] = dict(model)
+
+    step({f"a{i}": codes[i] for i in range(10)} | {"secret-one": codes[40]})
+    step({"b1": codes[11], "secret-two": codes[41]}, ("a1", "a2"))
+    step({"secret-one": codes[42], "b2": codes[12]})
+    step({}, ("secret-one", "a3"))
+    step({}, ("b2",))
+    compact(index, IndexSettings(shard_rows=100))
+    history[index.version] = dict(model)
+    step({"c1": codes[13]})
+    step({"secret-one": codes[43]})
+    step({"secret-two": codes[44]})
+    return index, history, codes[40:45]
+
+
+def test_nothing_is_left_and_every_version_answers_without_it(uri: str, root_uri: str, own_cache: Path) -> None:
+    index, history, codes = grown(uri)
+    retention.tag(index, "release", 4)
+    history[index.version] = history[index.version - 1]
+    check_history(uri, history, set())
+    secret = needles("secret-one", codes[[0, 2, 3]])
+    assert len(traces(root_uri, *secret)) >= 6
+    done = purge(index, ["secret-one"], reason="asked for on paper")
+    assert done.images == 1
+    assert done.versions == sum("secret-one" in model for model in history.values())
+    assert traces(root_uri, *secret) == []
+    assert [
+        path for path in own_cache.rglob("*") if path.is_file() and any(n in path.read_bytes() for n in secret)
+    ] == []
+    check_history(uri, history, {"secret-one"})
+    assert "secret-one" not in list(open_index(uri, version="release").keys())
+    check(index, {key: code for key, code in history[max(history)].items() if key != "secret-one"})
+    newest = open_index(uri).manifest
+    assert newest["purge"]["reason"] == "asked for on paper"
+    assert newest["purge"]["images"] == 1
+    again = purge(open_index(uri), ["secret-one"])
+    assert again == Erased(index.version, 0, 0, 0, 0, 0)
+
+
+def test_life_goes_on_after_a_purge(uri: str, root_uri: str) -> None:
+    """A second purge, a rollback to before the first, deletes, a compaction, and the key once more."""
+    index, history, codes = grown(uri)
+    purge(index, ["secret-one"])
+    first = index.version
+    rewrites = set(index.manifest["rewrites"])
+    index.delete(["a4"])
+    done = purge(index, ["secret-two", "a5", "never"])
+    assert done.images == 2
+    assert traces(root_uri, *needles("secret-two", codes[[1, 4]]), *needles("secret-one", codes[[0, 2, 3]])) == []
+    without = {"secret-one", "secret-two", "a5"}
+    check_history(uri, history, without)
+    assert rewrites - set(index.manifest["rewrites"]) == set()
+    last = {key: code for key, code in history[max(history)].items() if key not in without}
+    check(open_index(uri, version=first), last)
+    retention.rollback(index, 3)
+    check(index, {key: code for key, code in history[3].items() if key not in without})
+    compact(index, IndexSettings(shard_rows=100), everything=True)
+    index.append(codes[:1], ["secret-one"])
+    check(open_index(uri), {**{k: c for k, c in history[3].items() if k not in without}, "secret-one": codes[0]})
+    check_history(uri, history, without)
+    purge(index, ["secret-one"])
+    assert traces(root_uri, *needles("secret-one", codes[[0, 2, 3]])) == []
+    check_history(uri, history, without)
+
+
+def test_an_image_that_is_everything(uri: str, root_uri: str) -> None:
+    index = create_index(uri, bits=64)
+    codes = random_codes(2)
+    index.append(codes[:1], ["secret-one"], {"digest": ["x"]})
+    index.delete(["secret-one"])
+    index.append(codes[1:], ["secret-one"], {"digest": ["y"]})
+    purge(index, ["secret-one"])
+    assert traces(root_uri, *needles("secret-one", codes)) == []
+    assert (index.manifest["shards"], index.manifest["tombstones"], index.rows) == ([], [], 0)
+    for version in range(1, 6):
+        check(open_index(uri, version=version), {})
+
+
+def test_a_candidate_and_notes_are_erased_too(uri: str, root_uri: str) -> None:
+    index, _, codes = grown(uri)
+    notes = SEEN.empty_table().to_pylist()
+    for key in ("secret-one", "other"):
+        said = {"digest": "d", "size": 5, "stamp": "s", "status": "unreadable", "reason": "no image"}
+        notes.append({"id": ids_module.image_id(key), "key": key, **said})
+    notes.sort(key=lambda note: note["id"])
+    index.apply(codes[:0], [], seen=pa.Table.from_pylist(notes, SEEN))
+
+    def refuses(served: Any, proposed: Any) -> dict[str, Any]:
+        return {"passed": False, "checks": [{"name": "no", "passed": False, "value": 0, "limit": 1, "text": "no"}]}
+
+    with pytest.raises(Refused):
+        index.apply(random_codes(2, seed=8), ["secret-three", "d1"], gate=refuses)
+    index = open_index(uri)
+    secret = [*needles("secret-three", random_codes(1, seed=8)), *needles("secret-one", codes[[0, 2, 3]])]
+    purge(index, ["secret-one", "secret-three"])
+    assert traces(root_uri, *secret) == []
+    assert [row["key"] for row in index.view.notes(ids_module.image_ids(["secret-one", "other"])).to_pylist()] == [
+        "other"
+    ]
+    candidate = open_index(uri, candidate=True)
+    assert "d1" in list(candidate.keys())
+    assert candidate.rows == len(list(candidate.keys()))
+    promotion.discard(index)
+    check(open_index(uri), dict(zip(index.keys(), index.codes_of(list(index.keys())), strict=True)))
+
+
+def test_former_candidates_and_expired_versions(uri: str, root_uri: str) -> None:
+    """Files that only these name cannot be read by anybody, and go."""
+    index, _, codes = grown(uri)
+
+    def refuses(served: Any, proposed: Any) -> dict[str, Any]:
+        return {"passed": False, "checks": []}
+
+    with pytest.raises(Refused):
+        index.apply(random_codes(2, seed=8), ["secret-three", "d1"], gate=refuses)
+    index = open_index(uri)
+    promotion.discard(index)
+    secret = needles("secret-three", random_codes(1, seed=8))
+    assert traces(root_uri, *secret)
+    done = purge(index, ["secret-three"])
+    assert (done.images, traces(root_uri, *secret)) == (0, [])
+    log = index.versions
+    head = index.view.version
+    log.commit(successor(head, "vacuum", kept={"expired": [[1, head.number]]}), head.number)
+    index.refresh()
+    index.delete(["secret-two"])
+    purge(index, ["secret-one", "secret-two"])
+    assert traces(root_uri, *needles("secret-one", codes[[0, 2, 3]]), *needles("secret-two", codes[[1, 4]])) == []
+    assert index.rows == len(list(open_index(uri).keys()))
+
+
+def test_keys_with_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ids for a first try: erasing a key leaves its neighbours, and what hides their old rows, alone."""
+
+    def crowded(key: str, salt: int = 0) -> int:
+        return (sum(key.encode()) % 8) + 8 * salt
+
+    monkeypatch.setattr(change, "image_id", crowded)
+    monkeypatch.setattr(ids_module, "image_id", crowded)
+    index = create_index(str(tmp_path / "i"), bits=64)
+    codes, keys = random_codes(120), [f"{i:02d}" for i in range(40)]
+    model: dict[str, Any] = {}
+    history: History = {}
+    rng = np.random.default_rng(3)
+    for turn in range(8):
+        part = rng.choice(40, 12, replace=False)
+        index.append(codes[turn * 12 : turn * 12 + 12], [keys[i] for i in part], on_existing="replace")
+        model |= {keys[i]: codes[turn * 12 + n] for n, i in enumerate(part)}
+        history[index.version] = dict(model)
+        gone = [keys[i] for i in rng.choice(40, 4, replace=False)]
+        index.delete(gone)
+        model = {key: code for key, code in model.items() if key not in gone}
+        history[index.version] = dict(model)
+    without: set[str] = set()
+    for some in (["03"], ["11", "19", "04"], keys[20:30]):
+        purge(index, some)
+        without |= set(some)
+        check_history(index.uri, history, without)
+        for key in some:
+            assert not any(key in entry for salts in index.manifest["salts"] for entry in salts)
+    assert not set(index.view.salts) & without
+
+
+def test_a_writer_that_was_first_is_searched_too(uri: str, root_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, history, codes = grown(uri)
+    other = open_index(uri)
+    new = random_codes(2, seed=5)
+    winners: Iterator[Callable[[], Any]] = iter(
+        [lambda: other.append(new, ["secret-one", "z"], on_existing="replace"), lambda: other.delete(["secret-two"])]
+    )
+    commit = index._log.commit
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        next(winners, lambda: None)()
+        return commit(*args, **kwargs)
+
+    monkeypatch.setattr(index._log, "commit", late)
+    purge(index, ["secret-one"])
+    assert traces(root_uri, *needles("secret-one", [*codes[[0, 2, 3]], new[0]])) == []
+    check_history(uri, history, {"secret-one"})
+    last = {k: c for k, c in history[max(history)].items() if k not in ("secret-one", "secret-two")}
+    check(open_index(uri), {**last, "z": new[1]})
+
+
+def test_what_was_planned_before_a_purge_is_not_committed(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compaction plans again; a change keeps its rows; content of before is refused."""
+    index, history, _ = grown(uri)
+    other, third = open_index(uri), open_index(uri)
+    commit = index._log.commit
+    winners = iter([lambda: purge(other, ["secret-one"])])
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        next(winners, lambda: None)()
+        return commit(*args, **kwargs)
+
+    monkeypatch.setattr(index._log, "commit", late)
+    compact(index, IndexSettings(shard_rows=100), everything=True)
+    last = {k: c for k, c in history[max(history)].items() if k != "secret-one"}
+    check(open_index(uri), last)
+    code = random_codes(1, seed=6)
+    third.append(code, ["new"])
+    check(open_index(uri), {**last, "new": code[0]})
+    old = content(third.versions.read(3).manifest)
+    with pytest.raises(Conflict, match="erased"):
+        third.transact(lambda view, tried: successor(view.version, "restore", old))
+
+
+def test_what_is_refused(uri: str) -> None:
+    index, _, _ = grown(uri)
+    with pytest.raises(InvalidInput, match="at least one key"):
+        purge(index, [])
+    with pytest.raises(InvalidInput, match="name no image"):
+        purge(index, ["secret-one"], reason="secret-one asked for it")
+    before = index.version
+    assert purge(index, ["never was here"]) == Erased(before, 0, 0, 0, 0, 0)
+
+
+def test_unnamed_files_are_counted(uri: str) -> None:
+    index, _, _ = grown(uri)
+    index.store.put(f"shards/{'0' * 32}/lost.bin", b"secret-one")
+    assert purge(index, ["secret-one"]).unnamed == 1
+
+
+def test_killed_at_any_storage_call_and_run_again(tmp_path: Path) -> None:
+    calls = purge_until(tmp_path / "count", None)
+    assert calls > 30
+    for at in range(calls):
+        assert purge_until(tmp_path / str(at), at) == at
+
+
+def purge_until(folder: Path, at: int | None) -> int:
+    """Purge an index of its own and die at storage call `at`, then run again; the number of calls before."""
+    made, history, codes = grown(str(folder))
+    lock = threading.Lock()
+    seen = 0
+
+    def call(_: str) -> None:
+        nonlocal seen
+        with lock:
+            if at is not None and seen >= at:
+                raise Crash
+            seen += 1
+
+    index = Index(Log(FaultyStore(open_store(made.uri), calls=call)), made.versions.read(made.version))
+    try:
+        purge(index, ["secret-one"])
+        assert at is None
+    except Crash:
+        erased = open_index(made.uri).version > made.version
+        check_history(made.uri, history, {"secret-one"} if erased else set())
+    purge(open_index(made.uri), ["secret-one"])
+    assert traces(str(folder), *needles("secret-one", codes[[0, 2, 3]])) == []
+    check_history(made.uri, history, {"secret-one"})
+    return seen
+
+
+KEYS = st.lists(st.sampled_from([f"k{i}" for i in range(8)]), min_size=1, max_size=5, unique=True)
+STEPS = st.one_of(
+    st.tuples(st.just("append"), KEYS),
+    st.tuples(st.just("delete"), KEYS),
+    st.tuples(st.just("purge"), KEYS.map(lambda keys: keys[:2])),
+    st.tuples(st.sampled_from(["compact", "rollback"]), st.just([])),
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEPS, max_size=12), seed=st.integers(0, 1000))
+def test_any_history_equals_dicts(tmp_path_factory: Any, steps: list[Any], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    folder = str(tmp_path_factory.mktemp("h") / "i")
+    index = create_index(folder, bits=64)
+    model: dict[str, Any] = {}
+    history: History = {1: {}}
+    codes_of: dict[str, list[Any]] = {}
+    for verb, keys in steps:
+        if verb == "append":
+            codes = random_codes(len(keys), seed=int(rng.integers(1 << 30)))
+            index.append(codes, keys, on_existing="replace")
+            model |= dict(zip(keys, codes, strict=True))
+            for key, code in zip(keys, codes, strict=True):
+                codes_of.setdefault(key, []).append(code)
+        elif verb == "delete":
+            index.delete(keys)
+            model = {key: code for key, code in model.items() if key not in keys}
+        elif verb == "purge":
+            purge(index, keys)
+            model = {key: code for key, code in model.items() if key not in keys}
+            history = {v: {k: c for k, c in then.items() if k not in keys} for v, then in history.items()}
+            for key in keys:
+                assert traces(folder, *needles(key, codes_of.pop(key, []))[1:]) == []
+        elif verb == "compact":
+            compact(index, IndexSettings(shard_rows=9), everything=bool(rng.integers(2)))
+        else:
+            to = int(rng.choice(list(history)))
+            retention.rollback(index, to)
+            model = dict(history[to])
+        history[index.version] = dict(model)
+        check(open_index(folder), model)
+    check_history(folder, history, set())

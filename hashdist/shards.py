@@ -156,6 +156,15 @@ def write_ids(store: Store, name: str, ids: NDArray[np.int64]) -> dict[str, Any]
     return write_file(store, name, _npy(ids), len(ids))
 
 
+_parsing = threading.Lock()
+
+
+def map_npy(path: Path) -> NDArray[Any]:
+    """An array file, mapped. One at a time: its header is Python, which CPython 3.11 parses wrongly in two threads."""
+    with _parsing:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
 def write_salts(store: Store, name: str, salts: Mapping[str, int]) -> dict[str, Any]:
     """Write the salts of keys; returns the file's entry. A file of its own, because it names keys (see erasure)."""
     return write_file(store, name, json.dumps(dict(sorted(salts.items()))).encode(), len(salts))
@@ -287,13 +296,13 @@ class Shard:
         return np.asarray(np.memmap(path, np.uint8, "r", offset=_HEADER.size, shape=(self.rows, width)))
 
     def _map_ids(self, path: Path) -> NDArray[np.int64]:
-        ids = np.asarray(np.load(path, mmap_mode="r"))
+        ids = map_npy(path)
         if ids.dtype != np.int64 or ids.shape != (self.rows,):
             raise Corrupt(f"{path} must hold {self.rows} int64 ids, found {ids.dtype} {list(ids.shape)}")
         return ids
 
     def _map_array(self, path: Path) -> NDArray[Any]:
-        array = np.asarray(np.load(path, mmap_mode="r"))
+        array = map_npy(path)
         if array.ndim != 2 or len(array) != self.rows:
             raise Corrupt(f"{path} must hold {self.rows} rows [N, D], found {list(array.shape)}")
         return array

@@ -23,7 +23,7 @@ from hashdist.index.manifest import content, files, kept_numbers, rewritten
 from hashdist.index.searcher import Index
 from hashdist.order import blocks
 from hashdist.progress import Progress
-from hashdist.shards import Shard, parts
+from hashdist.shards import Shard, map_npy, parts
 from hashdist.store import Store, open_store
 from hashdist.store.commit import Log, digest
 
@@ -235,7 +235,7 @@ def _open(shard: Shard) -> None:
 def _tombstone(store: Store, entry: Mapping[str, Any]) -> NDArray[np.int64]:
     own = store.local_path(entry["path"])
     assert own is not None
-    ids: NDArray[np.int64] = np.load(own, mmap_mode="r")
+    ids: NDArray[np.int64] = map_npy(own)
     if ids.dtype != np.int64 or ids.shape != (entry["rows"],) or (np.diff(ids) <= 0).any():
         raise Corrupt(f"{entry['rows']} ascending int64 ids are required, found {ids.dtype} {list(ids.shape)}")
     return ids

@@ -21,7 +21,7 @@ from hashdist.index.filters import Filter, Searched, Selection, Selections
 from hashdist.index.rerank import features
 from hashdist.index.seen import last_of_each, read_seen
 from hashdist.prefetch import in_order
-from hashdist.shards import Shard, local_file, opening, read_salts
+from hashdist.shards import Shard, local_file, map_npy, opening, read_salts
 from hashdist.store.commit import Log, Version
 
 _READ_AT_ONCE = 16
@@ -133,7 +133,7 @@ class View:
     @cached_property
     def tombstones(self) -> list[tuple[int, NDArray[np.int64]]]:
         """(version, ids ascending): each hides rows of these ids in shards committed before that version."""
-        return [(entry["version"], np.load(local_file(self.log.store, entry))) for entry in self.manifest["tombstones"]]
+        return [(entry["version"], map_npy(local_file(self.log.store, entry))) for entry in self.manifest["tombstones"]]
 
     def dead_rows(self, number: int) -> NDArray[np.int64]:
         """The hidden rows of a shard, ascending."""

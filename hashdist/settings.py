@@ -201,6 +201,7 @@ class IndexSettings:
             every shard again of which more than this share is.
         compact_small_shards: compaction is due at so many small shards (or files of deletions), and merges them.
         compact_small_share: a shard of fewer rows than this share of shard_rows is small.
+        rerank: keep the features beside the codes, for two-stage ranking (2 bytes a value); frozen mode only.
     """
 
     name: str = "images"
@@ -209,6 +210,7 @@ class IndexSettings:
     compact_dead_share: float = 0.2
     compact_small_shards: int = 16
     compact_small_share: float = 0.25
+    rerank: bool = False
 
     def location(self, root: str) -> str:
         """URI of the index: its own, or ROOT/indexes/NAME."""
@@ -419,6 +421,46 @@ class StorageOptions:
     """
 
     uri: str = ""
+
+
+@dataclass(frozen=True)
+class ReindexOptions:
+    """How an index follows its collection.
+
+    Args:
+        plan: print what would be done (counts, bytes, requests, seconds from a measured sample), and change nothing.
+        retry_failed: encode images again that could not be encoded before and have not changed since.
+        changes: file of changes to follow instead of listing: lines of `put<TAB>key` or `delete<TAB>key`, or parquet
+            with the columns key and op; a path or s3://.
+        inventory: manifest.json of an S3 Inventory to read instead of listing; a path or s3://.
+        in_process: images up to which the difference is encoded in this process; more go to Ray.
+    """
+
+    plan: bool = False
+    retry_failed: bool = False
+    changes: str = ""
+    inventory: str = ""
+    in_process: int = 5000
+
+
+@dataclass(frozen=True)
+class DedupOptions:
+    """Near-duplicates of an index.
+
+    Args:
+        radius: images whose codes differ in at most so many bits are near-duplicates; clusters are made of such steps.
+        out: parquet file of the clusters (cluster, id, key, distance); a path or s3://.
+        previous: such a file of an older version of the index, made with the same radius: only what has changed since
+            is compared.
+        within_shard: only pairs of one shard; a quick look, not all there is.
+        block_rows: rows that a task joins with as many others.
+    """
+
+    radius: int = 2
+    out: str = ""
+    previous: str = ""
+    within_shard: bool = False
+    block_rows: int = 4_000_000
 
 
 @dataclass(frozen=True)

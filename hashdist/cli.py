@@ -23,10 +23,12 @@ from hashdist.progress import say
 from hashdist.settings import (
     CompareOptions,
     ConvertOptions,
+    DedupOptions,
     PromoteOptions,
     ProtocolCheckOptions,
     ProtocolOptions,
     QuickstartOptions,
+    ReindexOptions,
     ReportOptions,
     RollbackOptions,
     SearchOptions,
@@ -73,27 +75,32 @@ COMMANDS = {
     "index build": _stage("index", "build the sharded index from the codes"),
     "index log": Command("the versions of an index", "hashdist.commands:index_log"),
     "index tag": Command(
-        "name a version, which then stays", "hashdist.commands:index_tag", options=TagOptions, first="name"
+        "name a version, which then stays", "hashdist.maintenance:index_tag", options=TagOptions, first="name"
     ),
     "index rollback": Command(
-        "a new version with the content of an older one", "hashdist.commands:index_rollback", options=RollbackOptions
+        "a new version with the content of an older one", "hashdist.maintenance:index_rollback", options=RollbackOptions
     ),
     "index promote": Command(
         "serve the candidate that waits", "hashdist.commands:index_promote", options=PromoteOptions
     ),
     "index discard": Command("drop the candidate that waits", "hashdist.commands:index_discard"),
-    "index verify": Command("read and check every byte of every kept version", "hashdist.commands:index_verify"),
+    "index verify": Command("read and check every byte of every kept version", "hashdist.maintenance:index_verify"),
     "index vacuum": Command(
-        "expire old versions, and delete what nothing needs", "hashdist.commands:index_vacuum", options=VacuumOptions
+        "expire old versions, and delete what nothing needs", "hashdist.maintenance:index_vacuum", options=VacuumOptions
     ),
     "search": Command("search by image, key or code", "hashdist.commands:search", options=SearchOptions),
+    "dedup": Command("clusters of near-duplicates", "hashdist.commands:dedup", options=DedupOptions),
     "evaluate": _stage("evaluate", "mAP, precision and recall by a protocol"),
     "compare": Command(
         "methods x code lengths x seeds on one protocol: tables and figures",
         "hashdist.compare:run",
         options=CompareOptions,
     ),
-    "reindex": Command("index what was added, changed or removed since", "hashdist.growth:reindex"),
+    "reindex": Command(
+        "index what was added, changed or removed since: what a cron runs",
+        "hashdist.growth:reindex",
+        options=ReindexOptions,
+    ),
     "report": Command("one HTML page of a run", "hashdist.report:write", options=ReportOptions),
     "protocol make": Command(
         "write the query, training and database sets of a protocol to a file",
@@ -113,7 +120,7 @@ COMMANDS = {
     ),
     "storage check": Command(
         "prove what a store must do to be written to",
-        "hashdist.commands:storage_check",
+        "hashdist.maintenance:storage_check",
         options=StorageOptions,
         first="uri",
     ),

@@ -21,6 +21,7 @@ from hashdist.index.promotion import discard, promote
 from hashdist.schema import OK
 from hashdist.settings import (
     ConvertOptions,
+    DedupOptions,
     PromoteOptions,
     ProtocolCheckOptions,
     ProtocolOptions,
@@ -28,8 +29,7 @@ from hashdist.settings import (
     Settings,
 )
 from hashdist.snapshots import read_vectors
-from hashdist.store import open_store
-from hashdist.store.commit import Artefact, prove_conditional_create
+from hashdist.store.commit import Artefact
 
 _HIT = "<figure>{picture}<figcaption>{key}<br>{distance}</figcaption></figure>"
 _SHEET = """<!doctype html><meta charset="utf-8"><title>hashdist search</title>
@@ -52,11 +52,13 @@ def index_of(settings: Settings, version: int | str = 0, *, candidate: bool = Fa
 
 
 def index_log(settings: Settings) -> dict[str, Any]:
-    """Every version of an index: number, time, rows, shards, what made it."""
+    """Every version of an index: number, time, rows, shards, what made it, tags, whether it is expired."""
     index = index_of(settings)
     versions = index.log()
     lines = [
         f"{v['version']:>6}  {v['created_at']}  {v['rows']:>12} rows  {v['shards']:>5} shards  {v['operation']}"
+        + "".join(f"  [{tag}]" for tag in v["tags"])
+        + ("  (vacuumed)" if v["expired"] else "")
         for v in versions
     ]
     return {"index": index.uri, "versions": versions, "text": "\n".join([index.uri, *lines])}
@@ -79,6 +81,13 @@ def index_discard(settings: Settings) -> dict[str, Any]:
     index = index_of(settings)
     version = discard(index)
     return {"index": index.uri, "version": version, "text": f"{index.uri}: version {version} has no candidate"}
+
+
+def dedup(settings: Settings, options: DedupOptions) -> dict[str, Any]:
+    """Write the clusters of near-duplicates of an index to a file."""
+    from hashdist.stages import dedup as stage  # brings Ray along
+
+    return stage.run(index_of(settings), options, settings.cluster)
 
 
 def search(settings: Settings, options: SearchOptions) -> dict[str, Any]:
@@ -153,15 +162,6 @@ def picture_tag(data: bytes | None, side: int = 96) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
-
-
-def storage_check(settings: Settings) -> dict[str, Any]:
-    """Prove that the store refuses a second create of one name."""
-    if not settings.root:
-        raise InvalidInput("a store is required, found none; give --root FOLDER or --root s3://bucket/prefix")
-    store = open_store(settings.root)
-    prove_conditional_create(store)
-    return {"store": store.uri, "conditional_create": True, "text": f"{store.uri}: refuses a second create"}
 
 
 def protocol_make(settings: Settings, options: ProtocolOptions) -> dict[str, Any]:

@@ -204,9 +204,9 @@ def prove_conditional_create(store: Store, *, sleep: Callable[[float], None] = t
     """
     name = f"hashdist-probe-{uuid4().hex}.json"
     try:
-        if not _create_until_answered(store, name, sleep):
+        if not create_until_answered(store, name, sleep):
             return  # refused although fresh: the answer to the first request was lost, and the repeat was refused
-        if _create_until_answered(store, name, sleep):
+        if create_until_answered(store, name, sleep):
             raise InvalidInput(
                 f"{store.uri}: a second create of one name must be refused, but this store accepted it (it ignores "
                 "If-None-Match), so concurrent writers would overwrite each other. Use a local folder, AWS S3, or an "
@@ -217,14 +217,14 @@ def prove_conditional_create(store: Store, *, sleep: Callable[[float], None] = t
             store.delete(name)
 
 
-def _create_until_answered(store: Store, name: str, sleep: Callable[[float], None]) -> bool:
-    """Whether a create of `name` was carried out (True) or refused (False)."""
+def create_until_answered(store: Store, name: str, sleep: Callable[[float], None], data: bytes = b"{}") -> bool:
+    """Whether a create of `name` was carried out (True) or refused (False). Raises Unavailable."""
     failure: HashdistError | None = None
     for attempt in range(TRIES):
         if attempt:
             sleep(_pause_s(attempt))
         try:
-            store.create(name, b"{}", "probe")
+            store.create(name, data, "probe")
         except Exists:
             return False
         except (Unavailable, OutcomeUnknown) as error:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from hashdist import bits, distributed, neighbours, ranking, scan
 from hashdist.errors import InvalidInput, NotFound
+from hashdist.index import rerank
 from hashdist.methods.contract import Encoder, find_method, fit_shallow, shallow_methods
-from hashdist.order import runs
+from hashdist.order import blocks, runs
 from hashdist.progress import say
 from hashdist.protocols import columns, split_rows
 from hashdist.sample import one_hot
@@ -32,6 +33,7 @@ from hashdist.snapshots import read_vectors
 from hashdist.store.commit import Artefact, open_artefact, read_file, read_table
 
 _ROWS_PER_TASK = 250_000
+_PAIRS_AT_ONCE = 16_384
 _HALF = np.int64(1) << np.int64(62)
 
 Ids = NDArray[np.int64]
@@ -73,6 +75,9 @@ def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -
             task, _encoded(features, _fitted(settings, baseline, codes, features, trained_on))
         )
     by_method = {method: _metrics(settings, task, outcome, exact) for method, outcome in outcomes.items()}
+    if exact is not None and features is not None and settings.index.rerank:
+        for method, outcome in outcomes.items():
+            by_method[method] |= _reranked(task, outcome, features, exact, wanted.recall_at)
     result = {
         "stage": "evaluate",
         "snapshot": codes.uri,
@@ -312,6 +317,39 @@ def _metrics(settings: Settings, task: Task, outcome: Outcome, exact: Ids | None
     if exact is not None:
         metrics[f"recall@{wanted.recall_at}"] = float(ranking.recall_at(outcome.ids[:, : exact.shape[1]], exact).mean())
     return metrics
+
+
+def _reranked(task: Task, outcome: Outcome, features: Artefact, exact: Ids, k: int) -> dict[str, float]:
+    """Recall of two-stage ranking: the first candidates by (distance, id), ordered by the cosine of kept features."""
+    candidates_QC = outcome.ids[:, : rerank.CANDIDATES_PER_RESULT * k]
+    queries_QD = _vectors(features, "feature", task.queries)
+    work = partial(_cosines, features, queries_QD, candidates_QC)
+    scores = np.zeros(candidates_QC.size)
+    parts = distributed.run_tasks(work, _spans(features), label="rerank", at_once=distributed.cpus())
+    for _, (places, found) in parts:
+        scores[places] = found
+    order = np.lexsort((candidates_QC, -scores.reshape(candidates_QC.shape)), axis=1)[:, : exact.shape[1]]
+    best = np.take_along_axis(candidates_QC, order, axis=1)
+    return {f"recall@{k}_reranked": float(ranking.recall_at(best, exact).mean())}
+
+
+def _cosines(
+    features: Artefact, queries_QD: NDArray[Any], candidates_QC: Ids, files: list[dict[str, Any]]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Work of one task: which candidates (as places in the flat array) are in some parts, and their cosines."""
+    table = _rows(features, files, ["feature"], None)
+    ids = table["id"].to_numpy()
+    if not len(ids):
+        return np.empty(0, np.int64), np.empty(0)
+    rows = np.searchsorted(ids, candidates_QC.ravel()).clip(max=len(ids) - 1)
+    places = np.flatnonzero(ids[rows] == candidates_QC.ravel())
+    vectors: NDArray[Any] = from_vectors(table["feature"], table.schema)
+    kept = rerank.unit_rows(vectors)
+    scores = np.empty(len(places))
+    for start, stop in blocks(len(places), _PAIRS_AT_ONCE):
+        some = places[start:stop]
+        scores[start:stop] = neighbours.similarity(queries_QD[some // candidates_QC.shape[1]], kept[rows[some]])
+    return places, scores
 
 
 def _curves(outcome: Outcome) -> dict[str, Any]:

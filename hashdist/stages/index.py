@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from hashdist import distributed
+from hashdist import distributed, gate
 from hashdist.errors import AlreadyExists, Conflict, InvalidInput, NotFound
 from hashdist.ids import image_id
-from hashdist.index import Index, create_index, open_index
+from hashdist.index import Index, create_index, open_index, promotion, rerank
 from hashdist.order import runs
 from hashdist.progress import say
 from hashdist.schema import OK, from_vectors
@@ -30,24 +31,34 @@ COLUMNS = ["digest", "labels"]
 """What a shard keeps beside codes, ids and keys: what re-indexing compares, and what evaluation needs."""
 
 _MOST_SALTS = 1000
+_FEATURE_BYTES = 1 << 30
 
 
 def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
     """Commit a version that holds exactly these codes, unless the newest was built from them.
 
-    Rows without a code (unreadable images) are counted, not indexed. Needs an open Ray session.
+    Rows without a code (unreadable images) are counted, not indexed. Needs an open Ray session. Codes of another model
+    are written beside the old ones, which are served until the gate has passed.
 
     Returns: stage, snapshot (the index), version, rows, failed, shards, seconds, skipped.
+
+    Raises Refused where the gate did not pass: the codes wait as a candidate.
     """
     started = time.perf_counter()
     manifest = codes.manifest()
     index = _open_or_create(settings.index.location(settings.root), manifest["bits"])
-    if index.manifest.get("built_from") == codes.name:
+    features = _features(settings, codes)
+    if _built(index.manifest, codes, features):
         return _result(index, started, skipped=True)
+    checks = gate.for_build(settings, codes)
+    if _waits(index, codes, features):
+        say("index: these codes wait as a candidate already; nothing is written, the gate looks at them again")
+        promotion.promote(index, checks)
+        return _result(index, started, skipped=False)
     files = manifest["files"]
-    spans = runs([file["rows"] for file in files], settings.index.shard_rows)
-    parts = [files[start:stop] for start, stop in spans]
-    task = _WriteShard(codes, Log(index.store))
+    spans = runs([file["rows"] for file in files], _shard_rows(settings, features))
+    parts = [range(start, stop) for start, stop in spans]
+    task = _WriteShard(codes, features, Log(index.store))
     done = dict(distributed.run_tasks(task, parts, label="index", at_once=distributed.cpus()))
     written = [done[number] for number in range(len(parts)) if done[number] is not None]
     shards = [shard for shard, _ in written]
@@ -59,13 +70,50 @@ def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
             salts={key: salt for _, salts in written for key, salt in salts.items()},
             model=manifest["model_digest"],
             model_uri=manifest["model"],
-            lineage=_lineage(settings, codes),
+            lineage=_lineage(settings, codes) | {rerank.PART: _kept(features)},
+            gate=checks,
         )
     except Conflict:
         index = open_index(index.uri)
-        if index.manifest.get("built_from") != codes.name:
+        if not _built(index.manifest, codes, features):
             raise
     return _result(index, started, skipped=False)
+
+
+def _built(content: Mapping[str, Any], codes: Artefact, features: Artefact | None) -> bool:
+    """Whether this content was built from these codes, with features beside them if they are wanted."""
+    return content.get("built_from") == codes.name and (content.get(rerank.PART) is None) == (features is None)
+
+
+def _features(settings: Settings, codes: Artefact) -> Artefact | None:
+    """The features that the index is to keep, None if it is to keep none. Raises InvalidInput where there are none."""
+    if not settings.index.rerank:
+        return None
+    made_from = codes.manifest()["inputs"].get("features")
+    if not made_from:
+        raise InvalidInput(
+            f"index.rerank keeps the features that codes were made from, but {codes.uri} was encoded from images "
+            "(train.mode: images); build without index.rerank, or train with train.mode: frozen"
+        )
+    return open_artefact(made_from["uri"], "features")
+
+
+def _kept(features: Artefact | None) -> dict[str, Any] | None:
+    return None if features is None else {"width": features.manifest()["width"], "features": features.uri}
+
+
+def _shard_rows(settings: Settings, features: Artefact | None) -> int:
+    """Rows of a shard at most: a task holds the features of one in memory."""
+    if features is None:
+        return settings.index.shard_rows
+    return min(settings.index.shard_rows, max(1, _FEATURE_BYTES // (2 * int(features.manifest()["width"]))))
+
+
+def _waits(index: Index, codes: Artefact, features: Artefact | None) -> bool:
+    """Whether these codes are the candidate, and no row was added, changed or removed since."""
+    candidate = index.manifest.get("candidate") or {}
+    made = candidate.get("operation") == "build" and _built(candidate, codes, features)
+    return made and promotion.lost_by(index.view, candidate) is None
 
 
 def _open_or_create(uri: str, bits: int) -> Index:
@@ -82,19 +130,37 @@ class _WriteShard:
     """Work of one task: a run of parts as one shard."""
 
     codes: Artefact
+    features: Artefact | None
     log: Log
 
-    def __call__(self, files: list[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, int]] | None:
+    def __call__(self, parts: Sequence[int]) -> tuple[dict[str, Any], dict[str, int]] | None:
         """Entry of the shard, and the salts > 0 of its keys; None where no row has a code."""
-        tables = [read_table(self.codes.store, file, ["id", "key", *COLUMNS, "status", "code"]) for file in files]
-        table = pa.concat_tables(tables)
-        table = table.filter(pc.equal(table["status"], OK))
-        if not len(table):
+        table = _table(self.codes, parts, ["id", "key", *COLUMNS, "status", "code"])
+        good = np.flatnonzero(np.asarray(pc.equal(table["status"], OK)))
+        if not len(good):
             return None
+        arrays = {} if self.features is None else {rerank.PART: _beside(self.features, parts, table["id"], good)}
+        table = table.take(good)
         vectors = np.asarray(from_vectors(table["code"], table.schema), np.uint8)
-        rows = Rows(table["id"].to_numpy(), vectors, table["key"], table.select(COLUMNS))
+        rows = Rows(table["id"].to_numpy(), vectors, table["key"], table.select(COLUMNS), arrays)
         shard = write_shard(self.log.store, lambda suffix: self.log.new_name("shards", suffix), rows)
         return shard, salts_of(table["key"].to_pylist(), table["id"].to_pylist())
+
+
+def _table(artefact: Artefact, parts: Sequence[int], columns: list[str]) -> pa.Table:
+    files = artefact.manifest()["files"]
+    return pa.concat_tables(read_table(artefact.store, files[part], columns) for part in parts)
+
+
+def _beside(
+    features: Artefact, parts: Sequence[int], ids: pa.ChunkedArray, rows: NDArray[np.int64]
+) -> NDArray[np.float16]:
+    """Features, as an index keeps them, of some rows of parts of codes; both artefacts are cut into the same parts."""
+    table = _table(features, parts, ["id", "feature"])
+    if not table["id"].equals(ids):
+        raise InvalidInput(f"{features.uri} must have the rows of the codes made from it, part by part; encode again")
+    vectors: NDArray[Any] = from_vectors(table["feature"], table.schema)
+    return rerank.unit_rows(vectors[rows])
 
 
 def salts_of(keys: Sequence[str], ids: Sequence[int]) -> dict[str, int]:

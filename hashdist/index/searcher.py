@@ -392,6 +392,8 @@ class Index:
             "model_uri": model_uri,
             "tombstones": [],
             "seen": [],
+            "sources": None,
+            "listed_at": None,
             "vocabulary": None,
             "quality": None,
             second_stage.PART: None,
@@ -432,7 +434,14 @@ class Index:
         self._must_be_writable()
         view = self._view
         for tried in range(_TRIES):
-            record = propose(view, tried)
+            try:
+                record = propose(view, tried)
+            except NotFound:  # a purge or a vacuum may have taken the files of a version that is not the newest
+                newest = self._newest()
+                if newest.number == view.number:
+                    raise
+                view = View(self._log, newest, view)
+                continue
             if record is None:
                 newest = self._newest()
                 if newest.number > view.number:  # what is there now may need what this version did not

@@ -6,37 +6,64 @@ One primitive, `create_record`: a small JSON record is created under a name that
   `manifest.json` (its existence is the commit), `parts/<8 digits>.json` (one record a finished part),
   `data/<attempt>/<uuid>.<suffix>` (everything the two of them name).
 - **Log**, any folder: numbered versions, `manifests/<20 digits>.json`, each naming its parent, plus data files
-  `<folder>/<attempt>/<uuid>.<suffix>`. Version n + 1 is created by one who has read version n. Versions are never
-  deleted, so a number is never used twice and a writer that slept through a clean-up cannot win an old number.
+  `<folder>/<attempt>/<uuid><suffix>` of immutable bytes. Version n + 1 is created by one who has read version n.
+  Versions are never deleted, so a number is never used twice and a writer that slept through a clean-up cannot win an
+  old number. An attempt is what one writer writes for one version: its files are named by that version, or by none.
 
-What every party does
+What every party does, and what it may assume
 - A **writer** writes data files under names of its own attempt (new in every process and object), completely,
   before it creates the record that names them. It never changes or overwrites an object. If it dies, what it wrote
-  is named by nothing.
+  is named by nothing. It may assume that a version it has created upon another followed that one and nothing
+  else, and that everything its record names from the version below is there. It may not assume that its own
+  files wait for ever: a clean-up may take it for dead and revoke its attempt, which it learns when it commits.
 - A **reader** starts from a record and follows the names in it; it never lists data folders. So it sees all of a
-  result or none of it.
-- A **cleaner** may delete data files that no record names and that are old; it never deletes records.
+  result or none of it. The newest version stays whole for as long as it is the newest and for an age after; an older
+  one as long as the newest does not call it expired. A reader that takes longer **pins**: it first writes a pin, then
+  looks whether its version is expired. Bytes that it opens are checksummed, and no file under a name ever changes.
+- A **reader without permission to write** cannot pin. It relies on clean-ups leaving alone what was superseded less
+  than an age ago, which is an hour at least. Later it may find a file gone (NotFound), never another file in its
+  place.
+- A **cleaner** commits first and deletes second (hashdist/index/retention.py). Its version names the versions it
+  expires and the attempts it revokes; since all later versions are created upon it, nothing that it deletes can be
+  named again. After the commit it looks for pins, and spares their versions. It never deletes records. Ages are
+  differences of the store's own stamps; no clock of a machine counts, and what has no known age stays. It may
+  be killed anywhere, and run by several at once.
+- A **purger** (erasure) writes files again without the erased rows, and commits a version that names the new file for
+  each old one, in older versions too, and what is to be deleted; then it deletes, whatever is pinned. A reader of an
+  older version applies the newest version's rewrites. A writer whose content is from before the purge fails.
 
-What a store must give (hashdist/store/base.py)
+What another writer's version means for one's own (docs/decisions.md, S13), to be worked out again upon each winner
+- Rows to add, change or remove: commute where the keys have nothing in common. A row that the winner brought already
+  (same digest and code) is dropped, the rule for existing keys is applied to the others, what remains is committed, or
+  nothing. A tombstone hides only rows of shards committed before it, so what a winner added later stays.
+- Compaction: conflicts with whatever touched the files it was made from, or planned again from the start. Rows
+  that a winner hid do not come back.
+- Another model, a build, a rollback: conflict with every change of the content.
+- Tags, expiry, candidates: part of what every version carries on from the one below; they commute with changes of the
+  content and are worked out again upon the winner's.
+
+What a store must give (hashdist/store/base.py; `hashdist storage check` tries it out)
 - A name holds a whole object or none, and an object that was written is seen by every later read and listing.
 - `create` on one name succeeds for exactly one caller. Local: a temporary file in the same folder, fsync, link() to
   the final name (EEXIST = refused), fsync of the folder; never O_EXCL on the final name, where a kill would leave an
   empty record for ever. S3: PUT with `If-None-Match: *`; 412 = refused; 409 = not carried out, try again. Some servers
   accept that header and ignore it: `prove_conditional_create` finds out, once per process and bucket, before the
   first record is created there.
+- Stamps of objects come from one clock, which may differ from every other.
 
 How `create_record` decides
 - Each call has a write id (a UUID), in the record and in the object's metadata; repeats of a call keep it.
 - The store says "done": won. Nothing after this turns the success into an error.
 - Refused, competing request, time-out, 5xx: the record is read back. Own write id: won (the answer was lost, or the
   request was carried out twice). Another's: lost, the other record stands. Absent: try again, after a growing pause.
-- After the last try: Unavailable if no request can have had an effect, else OutcomeUnknown (it may still land:
-  read again later, delete nothing).
+- Given up, after the last try or because the store takes no more requests (permissions): OutcomeUnknown once any
+  request may have had an effect or a refusal could not be read back (it may still land: read again later, delete
+  nothing); else the store's own error, Unavailable or InvalidInput, and nothing is or will be there.
 
 What a caller learns
 - Artefact parts and manifests: the record that stands, its own or the first writer's. Both name complete data made
   from the same inputs by the same settings, so either will do.
-- Log: the new version, or CommitLost with the version that stands there: re-read, rebase, commit again.
+- Log: the new version, or CommitLost (a Conflict) with the version that stands there: re-read, rebase, commit again.
 - Corrupt: bytes that do not match their checksum or are not a record; never retried.
 - InvalidInput: a record of a newer format, or a store without conditional create.
 
@@ -102,31 +129,42 @@ def create_record(
     write_id = uuid4().hex
     data, record = _encode({"format_version": FORMAT_VERSION, **body, "write_id": write_id})
     failure: HashdistError = Unavailable(f"{store.uri}/{name} could not be created")
-    unknown = False
+    in_doubt = False  # whether a request may have had an effect: a refusal may come of an earlier one's success
     for attempt in range(TRIES):
         if attempt:
             sleep(_pause_s(attempt))
         try:
             store.create(name, data, write_id)
         except (Exists, Unavailable, OutcomeUnknown) as error:
-            failure, unknown = error, unknown or isinstance(error, OutcomeUnknown)
+            failure, in_doubt = error, in_doubt or not isinstance(error, Unavailable)
             telemetry.COMMIT_RETRIES.inc(reason=_reason(error))
+        except HashdistError as error:
+            if not in_doubt:
+                raise
+            raise _unknown(store, name, attempt + 1, error) from error
         else:
             telemetry.COMMITS.inc(outcome="won")
             return record, True
         try:
-            standing = read_record(store, name)
+            found = store.get(name)
         except (NotFound, Unavailable):
             continue
+        except HashdistError as error:  # no permission to read, for example
+            raise _unknown(store, name, attempt + 1, error) from error
+        standing = _decode(found, f"{store.uri}/{name}")
         won = standing["write_id"] == write_id
         telemetry.COMMITS.inc(outcome="recovered" if won else "lost")
         return standing, won
-    if unknown or isinstance(failure, Exists):
-        raise OutcomeUnknown(
-            f"{store.uri}/{name}: after {TRIES} tries it is not known whether the record was created ({failure}); "
-            "run again when the store answers, and delete nothing"
-        ) from failure
+    if in_doubt:
+        raise _unknown(store, name, TRIES, failure) from failure
     raise Unavailable(f"{store.uri}/{name}: not created in {TRIES} tries ({failure}); run again later") from failure
+
+
+def _unknown(store: Store, name: str, tries: int, failure: HashdistError) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"{store.uri}/{name}: after {tries} tries it is not known whether the record was created ({failure}); "
+        "run again when the store answers, and delete nothing"
+    )
 
 
 def read_record(store: Store, name: str) -> dict[str, Any]:

@@ -192,6 +192,50 @@ def test_giving_up_says_whether_anything_can_have_happened(folder: Store) -> Non
         create_record(FaultyStore(folder, ["lost"], ["away"] * TRIES), "c.json", {}, sleep=Pauses())
 
 
+class NotAllowed(FaultyStore):
+    """A store whose permissions are withdrawn: to create after the first `creates`, or to read."""
+
+    def __init__(self, inner: Store, creates: list[str], may_read: bool) -> None:
+        super().__init__(inner, creates)
+        self.may_read = may_read
+
+    def create(self, name: str, data: bytes, write_id: str) -> None:
+        if not self.creates:
+            raise InvalidInput("403")
+        super().create(name, data, write_id)
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        if not self.may_read:
+            raise InvalidInput("403")
+        raise Unavailable("503")
+
+
+@pytest.mark.parametrize("creates", [["late"], ["lost"], ["late", "contended"], ["twice"]])
+@pytest.mark.parametrize("may_read", [True, False])
+def test_what_may_have_landed_is_not_called_refused(folder: Store, creates: list[str], may_read: bool) -> None:
+    faulty = NotAllowed(folder, list(creates), may_read)
+    with pytest.raises(OutcomeUnknown, match=r"403.*delete nothing"):
+        create_record(faulty, "r.json", {"v": 1}, sleep=Pauses())
+    faulty.land()
+    assert read_record(folder, "r.json")["v"] == 1
+
+
+def test_what_cannot_have_landed_is_called_refused(folder: Store) -> None:
+    with pytest.raises(InvalidInput, match="403"):
+        create_record(NotAllowed(folder, [], may_read=True), "a.json", {}, sleep=Pauses())
+    with pytest.raises(InvalidInput, match="403"):
+        create_record(NotAllowed(folder, ["away"], may_read=True), "b.json", {}, sleep=Pauses())
+    assert list(folder.list()) == []
+
+
+def test_a_name_that_is_taken_is_not_called_free_when_it_cannot_be_read(folder: Store) -> None:
+    """412, the read-back fails, then 409 or 503 to the end: something stands there, and it may be one's own."""
+    create_record(folder, "r.json", {"v": "other"})
+    faulty = FaultyStore(folder, ["ok", *["contended"] * (TRIES - 1)], ["away"] * TRIES)
+    with pytest.raises(OutcomeUnknown):
+        create_record(faulty, "r.json", {"v": 1}, sleep=Pauses())
+
+
 def test_a_request_that_lands_late_does_not_undo_a_later_one(folder: Store) -> None:
     faulty = FaultyStore(folder, ["late", *["away"] * (TRIES - 1)])
     with pytest.raises(OutcomeUnknown):

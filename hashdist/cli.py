@@ -88,7 +88,7 @@ COMMANDS = {
     "index vacuum": Command(
         "expire old versions, and delete what nothing needs", "hashdist.maintenance:index_vacuum", options=VacuumOptions
     ),
-    "search": Command("search by image, key or code", "hashdist.commands:search", options=SearchOptions),
+    "search": Command("search by image, key or code", "hashdist.search:run", options=SearchOptions),
     "dedup": Command("clusters of near-duplicates", "hashdist.commands:dedup", options=DedupOptions),
     "evaluate": _stage("evaluate", "mAP, precision and recall by a protocol"),
     "compare": Command(

@@ -150,11 +150,11 @@ def chosen_format(uri: str, counts: Counter[Format], others: Iterable[Entry], se
             f"{' and '.join(f'{counts[kind]} for {kind}' for kind in present)}; choose with --collection.format"
         )
     seen = Counter(PurePosixPath(entry.name).suffix.lower() or "no extension" for entry in others)
-    others = ", ".join(f"{count} x {suffix}" for suffix, count in seen.most_common(5))
+    met = ", ".join(f"{count} x {suffix}" for suffix, count in seen.most_common(5))
     needed = "images, parquet files or tars" if wanted == "auto" else f"files of the format {wanted!r}"
     advice = "; unpack compressed tars first" if any(s in seen for s in (".gz", ".tgz", ".zst", ".bz2", ".xz")) else ""
     raise InvalidInput(
-        f"{uri}: {needed} are required, found {others or 'nothing there'}{advice}; check --collection.uri "
+        f"{uri}: {needed} are required, found {met or 'nothing there'}{advice}; check --collection.uri "
         f"(images are recognised by extension: {' '.join(sorted(EXTENSIONS))})"
     )
 
@@ -391,6 +391,19 @@ def label_numbers(reader: Reader, units: Sequence[Mapping[str, Any]]) -> Labels:
     return Labels({name: number for number, name in enumerate(names)}, names)
 
 
+def extended(vocabulary: Mapping[str, int], names: Iterable[str], reader: Reader) -> dict[str, int]:
+    """The numbers of labels given as text, with numbers for those that have none yet; numbers once given stay.
+
+    The first numbers of all are those that `label_numbers` gives; later names follow the largest number, in order.
+    """
+    if not vocabulary:
+        return label_numbers(reader, [{"names": list(names)}]).vocabulary
+    new = sorted(set(names) - vocabulary.keys())
+    if reader.format == "webdataset" and all(name.isdecimal() for name in [*vocabulary, *new]):
+        return {**vocabulary, **{name: int(name) for name in new}}
+    return {**vocabulary, **{name: number for number, name in enumerate(new, max(vocabulary.values()) + 1)}}
+
+
 def numbered(table: pa.Table, vocabulary: Mapping[str, int]) -> pa.ChunkedArray:
     """Column `labels` of scanned rows, with labels given as text by their numbers."""
     if not vocabulary:
@@ -467,14 +480,20 @@ class Collection:
         """
         yield from self._images(self.table(part))
 
-    def fetch(self, keys: Iterable[str]) -> dict[str, bytes]:
+    def fetch(self, keys: Sequence[str]) -> dict[str, bytes]:
         """Encoded bytes of some images by key, for showing them; cost: a few requests for each image.
 
-        Keys that the collection does not have, and images that cannot be read, are left out. Raises as `read`.
+        Keys that the collection does not have, and images that cannot be read, are left out; in a folder, an image
+        that came after the listing is read by its key. Raises as `read`.
         """
         found: dict[str, bytes] = {}
+        listed: set[str] = set()
         for rows in self._rows_of(list(keys)):
+            listed.update(rows["key"].to_pylist())
             found.update({image.key: image.data for image in self._images(rows) if image.data is not None})
+        if isinstance(self._reader, FolderReader):
+            later = [key for key in keys if key not in listed]
+            found.update({k: data for k, data in self._reader.read_keys(later) if isinstance(data, bytes)})
         return found
 
     def _rows_of(self, keys: list[str]) -> Iterator[pa.Table]:

@@ -221,21 +221,17 @@ def _remove(parts: _Parts, indexed: pa.Table, matched: NDArray[np.int64], notes:
     gone[matched[matched >= 0]] = False
     if sources and len(indexed):
         known = pa.array(sorted(sources), pa.string())
-        note = _taken(notes, _matches(indexed, notes))
-        moved = _equal(note["digest"], indexed["digest"]) & pc.is_in(note["stamp"], known).to_numpy()
-        kept = moved | pc.is_in(indexed["stamp"].cast(pa.string()), known).to_numpy()
+        # a stamp stands for what is in its file, so whatever says it of a key says that the key is there
+        noted = _taken(notes, _matches(indexed, notes))["stamp"]
+        kept = _is_in(noted, known) | _is_in(indexed["stamp"], known)
         parts.unchanged += int((gone & kept).sum())
         twice = indexed["key"].filter(pa.array(~gone & kept)).to_pylist()
         if twice:
             raise _twice(twice)
         gone &= ~kept
     if sources:
-        parts.failed += int(
-            (
-                pc.is_in(notes["stamp"], pa.array(sorted(sources), pa.string())).to_numpy()
-                & ~_equal(notes["status"], pa.scalar(OK))
-            ).sum()
-        )
+        bad = _is_in(notes["stamp"], pa.array(sorted(sources), pa.string())) & ~_equal(notes["status"], pa.scalar(OK))
+        parts.failed += int(bad.sum())
     parts.removed += indexed["key"].filter(pa.array(gone)).to_pylist()
 
 
@@ -259,6 +255,10 @@ def _taken(table: pa.Table, at: NDArray[np.int64]) -> pa.Table:
 def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray | pa.Scalar) -> NDArray[np.bool_]:
     """Where both are there and equal."""
     return np.asarray(pc.fill_null(pc.equal(left, right), False).to_numpy(), np.bool_)
+
+
+def _is_in(values: pa.ChunkedArray, known: pa.Array) -> NDArray[np.bool_]:
+    return np.asarray(pc.is_in(values.cast(pa.string()), known).to_numpy(), np.bool_)
 
 
 def _same_stamp(listed: pa.Table, known: pa.Table) -> NDArray[np.bool_]:

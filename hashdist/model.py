@@ -53,10 +53,12 @@ class Encoded(NamedTuple):
     Attributes:
         codes: uint8 [N, L/8]; zeros where there is a reason.
         reasons: per image, why it has no code; None where it has one.
+        features: [N, D], what the codes were made of; zeros where there is a reason. None where nobody asked.
     """
 
     codes: NDArray[np.uint8]
     reasons: list[str | None]
+    features: NDArray[np.floating] | None = None
 
 
 def load_model(uri: str, *, threads: int = 1, device: str = "cpu") -> "Model":
@@ -129,25 +131,29 @@ class Model:
             raise InvalidInput(f"every image must be readable, found number {bad[0][0]}: {bad[0][1]}{more}")
         return encoded.codes
 
-    def encode_readable(self, images: Iterable[Picture | BadImage]) -> Encoded:
+    def encode_readable(self, images: Iterable[Picture | BadImage], *, keep_features: bool = False) -> Encoded:
         """Codes of the images that can be read, and reasons for the others; decoding runs ahead on threads."""
         backbone = self._open_backbone()
         codes = [np.zeros((0, self.bits // 8), np.uint8)]
+        features = [np.zeros((0, backbone.width), backbone.dtype)]
         reasons: list[str | None] = []
         prepared = in_order(partial(_prepared, backbone), images, _AHEAD)
         while batch := list(islice(prepared, backbone.batch)):
             found = [pixels if isinstance(pixels, str) else None for pixels in batch]
             good = np.array([row for row, reason in enumerate(found) if reason is None], np.int64)
             part = np.zeros((len(batch), self.bits // 8), np.uint8)
+            made = np.zeros((len(batch), backbone.width), backbone.dtype)
             if len(good):
                 features_nD = backbone.forward(np.stack([batch[row] for row in good]))
                 finite = np.isfinite(features_nD).all(1)
                 part[good[finite]] = self.encode_features(features_nD[finite])
+                made[good[finite]] = features_nD[finite]
                 for row in good[~finite]:
                     found[row] = NOT_FINITE
             codes.append(part)
             reasons.extend(found)
-        return Encoded(np.concatenate(codes), reasons)
+            features += [made] if keep_features else []
+        return Encoded(np.concatenate(codes), reasons, np.concatenate(features) if keep_features else None)
 
     def encode_features(self, features_ND: NDArray[np.floating]) -> NDArray[np.uint8]:
         """Codes uint8 [N, L/8] of features [N, D] of this model's backbone, float16 or float32."""

@@ -336,8 +336,19 @@ class SearchOptions:
         image: image file to search with; needs the model that the index names, or --model.
         key: key of an image in the index to search with.
         code: code to search with, as hexadecimal bytes.
+        queries: file of queries, a key or a hexadecimal code a line; the answers are JSON lines; - = standard input.
         model: URI of the model that encodes --image; empty = the one that the index was made with.
         k: number of results.
+        radius: all images whose codes differ in at most so many bits, instead of the k nearest; -1 = the k nearest.
+        where: only images that match, such as "label in 3,5 and taken >= 2020" (docs/search.md).
+        exclude_self: leave the image of --key out of its own results.
+        rerank: order the nearest candidates by the cosine of their features; the index must keep them (index.rerank).
+        candidates: how many candidates --rerank orders; 0 = 10 k.
+        engine: what looks at the codes: scan, faiss or torch (exact), ivf or multihash (approximate).
+        probes: lists of a shard that ivf looks at; 0 = 16.
+        flips: bits of each piece of a code that multihash lets differ; -1 = 1.
+        recall: also measure the engine's recall@k against the scan, with so many images of the index as queries.
+        actors: spread the shards over so many Ray actors; 0 = search in this process.
         html: write the results as a sheet of pictures to this file as well.
         candidate: search the candidate that waits for promotion.
     """
@@ -346,8 +357,19 @@ class SearchOptions:
     image: str = ""
     key: str = ""
     code: str = ""
+    queries: str = ""
     model: str = ""
     k: int = 10
+    radius: int = -1
+    where: str = ""
+    exclude_self: bool = False
+    rerank: bool = False
+    candidates: int = 0
+    engine: str = "scan"
+    probes: int = 0
+    flips: int = -1
+    recall: int = 0
+    actors: int = 0
     html: str = ""
     candidate: bool = False
 

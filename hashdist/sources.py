@@ -175,10 +175,12 @@ class FolderReader(Reader):
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Lost]:
         """See Reader. Many requests at once where the folder is remote."""
-        keys = rows["key"].to_pylist()
-        if not self._remote:
-            return map(self._get, keys)
-        return in_order(self._get, keys, _REMOTE_READS)
+        return (data for _, data in self.read_keys(rows["key"].to_pylist()))
+
+    def read_keys(self, keys: Sequence[str]) -> Iterator[tuple[str, bytes | Lost]]:
+        """The keys with their bytes, as `read` does."""
+        read = in_order(self._get, keys, _REMOTE_READS) if self._remote else map(self._get, keys)
+        return zip(keys, read, strict=True)
 
     @property
     def _remote(self) -> bool:

@@ -127,6 +127,12 @@ class Traffic(NamedTuple):
         """What came after `before`."""
         return Traffic(self.requests - before.requests, self.read - before.read, self.written - before.written)
 
+    def plus(self, other: "Traffic") -> "Traffic":
+        """Both together."""
+        return Traffic(self.requests + other.requests, self.read + other.read, self.written + other.written)
+
+
+NO_TRAFFIC = Traffic(Counter(), 0, 0)
 
 _requests: Counter[str] = Counter()
 _moved: Counter[str] = Counter()

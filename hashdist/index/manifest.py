@@ -5,7 +5,8 @@ log goes from every version to the next. Everything else says how this one versi
 
 Content: `bits`, `bit_order`, `model`, `model_uri`, `collection`, `built_from`, `failed_in`, `rows` (live ones),
 `shards`, `tombstones`, `salts` (the last three are entries of files, each with the `version` it joined the index in),
-`seen` (likewise: hashdist/index/seen.py), `vocabulary` (numbers of labels given as text), `quality` (what the last
+`seen` (likewise: hashdist/index/seen.py), `sources` (entry of the stamps of the files whose images it has all),
+`listed_at` (unix seconds: what the collection had then is in it), `vocabulary` (numbers of labels given as text), `quality` (what the last
 gate measured of it), `rerank` (what features the shards keep: hashdist/index/rerank.py).
 
 Kept: `tags` (name: version), `expired` (ranges of version numbers whose files may be gone), `revoked` (attempts whose
@@ -25,7 +26,7 @@ from hashdist.store.commit import Version
 
 CONTENT = (
     "bits", "bit_order", "model", "model_uri", "collection", "built_from", "failed_in",
-    "vocabulary", "rows", "shards", "tombstones", "salts", "seen", "quality", "rerank",
+    "vocabulary", "rows", "shards", "tombstones", "salts", "seen", "sources", "listed_at", "quality", "rerank",
 )  # fmt: skip
 KEPT = ("tags", "expired", "revoked", "candidate", "rewrites", "erased", "probes")
 LISTS = ("shards", "tombstones", "salts", "seen")
@@ -115,6 +116,7 @@ def files(manifest: Manifest) -> Iterator[Entry]:
         yield from part.get("tombstones", ())
         yield from part.get("salts", ())
         yield from part.get("seen", ())
+        yield from [part["sources"]] if part.get("sources") else []
     if manifest.get("probes"):
         yield manifest["probes"]
     for entry in manifest.get("rewrites", {}).values():

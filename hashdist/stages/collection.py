@@ -1,6 +1,7 @@
 """Stage: list a collection, read every image once, and commit the listing with keys, ids, digests and labels."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from hashdist.collections import (
     Plan,
     assemble,
     described,
+    extended,
     label_numbers,
     list_collection,
     plan,
@@ -68,13 +70,30 @@ def run(settings: Settings) -> dict[str, Any]:
     target = _artefact(settings, listing)
     if target.exists():
         return _result(target, started, skipped=True)
+    commit_plan(settings, target, plan(listing, settings.collection.part_rows), listing)
+    return _result(target, started, skipped=False)
+
+
+def commit_plan(
+    settings: Settings, target: Artefact, planned: Plan, listing: Listing, vocabulary: Mapping[str, int] | None = None
+) -> None:
+    """Scan what a plan says, part by part, and commit it as `target`.
+
+    Args:
+        settings: of the run.
+        target: an artefact of this kind that is not committed.
+        planned: what to scan.
+        listing: what it was planned from.
+        vocabulary: numbers that labels given as text have already; others follow.
+    """
     part_rows = settings.collection.part_rows
-    planned = plan(listing, part_rows)
     scan = Scan(target, planned, part_rows)
     numbers = range(len(planned.units))
     records = distributed.run_parts(target, numbers, scan, label="collection", at_once=distributed.cpus())
     units = [records[number] for number in numbers]
     labels = label_numbers(planned.reader, units)
+    if vocabulary is not None:
+        labels = labels._replace(vocabulary=extended(vocabulary, labels.vocabulary, planned.reader))
     fields = assemble(target, units, salts=planned.salts, labels=labels, part_rows=part_rows)
     lineage = {
         "stage": "collection",
@@ -82,7 +101,6 @@ def run(settings: Settings) -> dict[str, Any]:
         "settings": settings.collection.identity(),
     }
     target.publish({**lineage, **described(listing), **fields})
-    return _result(target, started, skipped=False)
 
 
 def _result(target: Artefact, started: float, skipped: bool) -> dict[str, Any]:

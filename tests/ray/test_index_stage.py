@@ -16,7 +16,7 @@ from hashdist.index import open_index
 from hashdist.protocols import split
 from hashdist.schema import to_vectors, vector_schema
 from hashdist.settings import EvaluateSettings, IndexSettings, Settings
-from hashdist.stages import evaluate, index, reindex
+from hashdist.stages import evaluate, index
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, digest, write_file, write_table
 
@@ -123,45 +123,6 @@ def test_salted_ids_are_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert index.salts_of(keys, ids.tolist()) == {"k3": 1, "k9": 2}
     with pytest.raises(InvalidInput, match="'k0' must be made from its key"):
         index.salts_of(keys, list(range(20)))
-
-
-def test_growth_is_one_commit_of_the_difference(root_uri: str) -> None:
-    made = Made(root_uri)
-    built = index.run(settings_of(root_uri), made.codes)
-    opened = open_index(built["snapshot"])
-    gone, stay, new = made.keys[:30], made.keys[30:], [f"new-{i}.png" for i in range(10)]
-    indexed = dict(zip(made.keys, made.digests, strict=True))
-    del indexed[made.keys[7]]
-    listed = {
-        key: reindex.Row(id_, "other" if key in stay[:5] else indexed[key], True)
-        for key, id_ in zip(stay, image_ids(stay), strict=True)
-    }
-    listed |= {key: reindex.Row(id_, "n", True) for key, id_ in zip(new, image_ids(new), strict=True)}
-    listed["broken.png"] = reindex.Row(5, None, False)
-    change = reindex.compare(indexed, listed, "file:///images2")
-    assert change.counts() == {"added": 10, "changed": 5, "removed": 29, "unreadable": 1}
-    fresh = Made(root_uri, seed=3, keys=stay[:5] + new)
-    grown = reindex.commit(opened, change, fresh.codes)
-    assert grown.version == 3
-    wanted = {key: code for key, code in made.dict().items() if key not in gone} | fresh.dict()
-    same_as(built["snapshot"], wanted)
-    assert grown.log()[-1]["operation"] == "reindex"
-    assert grown.collection_uri == "file:///images2"
-    with pytest.raises(InvalidInput, match="exactly the 15 new"):
-        reindex.commit(opened, change, None)
-    assert index.run(settings_of(root_uri), made.codes)["skipped"]
-
-
-def test_two_runs_of_one_growth_index_nothing_twice(root_uri: str) -> None:
-    made = Made(root_uri)
-    uri = index.run(settings_of(root_uri), made.codes)["snapshot"]
-    fresh = Made(root_uri, seed=3, keys=[f"new-{i}.png" for i in range(10)])
-    one, other = open_index(uri), open_index(uri)
-    change = reindex.Difference(fresh.ids.tolist(), [], made.keys[:3], 0, "file:///images")
-    reindex.commit(one, change, fresh.codes)
-    reindex.commit(other, change, fresh.codes)
-    assert open_index(uri).version == 3
-    same_as(uri, {**{k: c for k, c in made.dict().items() if k not in made.keys[:3]}, **fresh.dict()})
 
 
 def brute(made: Made, queries: int, cut: int) -> dict[str, float]:

@@ -21,13 +21,13 @@ from threadpoolctl import threadpool_limits
 
 from hashdist import bits, figures, pipeline, schema
 from hashdist.collections import open_collection
-from hashdist.commands import picture_tag
 from hashdist.errors import InvalidInput
 from hashdist.gradcam import grad_cam
 from hashdist.images import BadImage
 from hashdist.index import Index, open_index
 from hashdist.model import build_head, pixels
 from hashdist.networks import open_network, spec_settings
+from hashdist.search import picture_tag
 from hashdist.settings import ReportOptions, Settings
 from hashdist.snapshots import read_vectors
 from hashdist.store.commit import Artefact, read_file

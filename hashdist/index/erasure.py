@@ -18,7 +18,9 @@ files go. Only then are these deleted. A purge that was killed in between is fin
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -102,13 +104,20 @@ def forget(checksums: Iterable[str]) -> int:
     Returns how many files went.
     """
     gone = set(checksums)
-    count = 0
-    for folder, _, names in os.walk(cache_folder()):
-        for name in names:
-            if name[:64] in gone:
-                os.unlink(os.path.join(folder, name))
-                count += 1
-    return count
+    there = [Path(folder, name) for folder, _, names in os.walk(cache_folder()) for name in names]
+    named = [path for path in there if path.name[:64] in gone]
+    # what is in use has a second name (hashdist/cache.py); who has opened it keeps it as long as its process lives
+    inodes = {_inode(path) for path in named} - {None}
+    links = [path for path in there if inodes and _inode(path) in inodes]
+    for path in {*named, *links}:
+        path.unlink(missing_ok=True)
+    return len({*named, *links})
+
+
+def _inode(path: Path) -> int | None:
+    with suppress(FileNotFoundError):
+        return path.stat().st_ino
+    return None
 
 
 # Planning

@@ -1,16 +1,19 @@
 """An index beside a plain dict: what every version must answer, whatever went wrong while it was written."""
 
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from faults import Crash, FaultyStore
 
-from hashdist.errors import AlreadyExists, Conflict, NotFound, OutcomeUnknown, Unavailable
-from hashdist.index import Index, create_index
+from hashdist.errors import AlreadyExists, Conflict, NotFound, OutcomeUnknown, Refused, Unavailable
+from hashdist.index import Index
+from hashdist.index.manifest import attempt_of, files, is_expired, rewritten
 from hashdist.index.view import View
-from hashdist.store import Store
-from hashdist.store.commit import Log
+from hashdist.store import Store, open_store
+from hashdist.store.commit import Log, Version
 
 Contents = dict[str, int]
 """The code of every key, as a number."""
@@ -55,13 +58,17 @@ class IndexWorld:
     those whose end is not known.
     """
 
-    def __init__(self, uri: str, store: Store) -> None:
-        create_index(uri, BITS, model="m")
+    def __init__(self, store: Store, history: Mapping[int, Contents]) -> None:
         self.store = store
         self.log = Log(store)
-        self.history: dict[int, Contents] = {1: {}}
+        self.history = dict(history)
         self.untold: list[Effect] = []
         self.late: list[FaultyStore] = []
+
+    def copy(self, folder: Path) -> "IndexWorld":
+        """Another index with the same history, on local disk."""
+        shutil.copytree(self.store.uri.removeprefix("file://"), folder)
+        return IndexWorld(open_store(str(folder)), self.history)
 
     def newest(self, store: Store | None = None) -> Index:
         """The newest version, opened through `store`."""
@@ -83,6 +90,8 @@ class IndexWorld:
         except (OutcomeUnknown, Crash):
             self.untold.append(effect)
             ended = "unknown"
+        except Refused:
+            effect, ended = unchanged, "done"  # a candidate was committed beside what is served
         except (Unavailable, Conflict, AlreadyExists, NotFound) as error:
             ended = type(error).__name__  # a promise that nothing was or will be committed
         else:
@@ -104,6 +113,10 @@ class IndexWorld:
         if told is not None:
             assert told(dict(self.head())) == self.head(), "what an operation was told it did is not there"
 
+    def erase(self, keys: list[str]) -> None:
+        """No version has these keys any more."""
+        self.history = {number: without(found, keys) for number, found in self.history.items()}
+
     def land(self) -> None:
         """Requests that were on their way arrive now."""
         for store in self.late:
@@ -111,14 +124,36 @@ class IndexWorld:
         self.late.clear()
         self.catch_up()
 
-    def check(self, expected: Mapping[int, Contents] | None = None) -> None:
-        """Every version that is kept answers what it answered before."""
+    def version(self, number: int, head: View) -> View:
+        """A version as it has to be read now."""
+        record = rewritten(self.log.read(number).manifest, head.manifest)
+        return View(self.log, Version(number, dict(record)))
+
+    def kept(self) -> list[int]:
+        """Versions whose files are all there."""
         head = self.newest().view
-        for number, wanted in (expected or self.history).items():
-            if not is_expired(head, number):
-                assert contents(View(self.log, self.log.read(number))) == wanted, f"version {number} changed"
+        return [number for number in self.history if not is_expired(head.manifest, number)]
+
+    def check(self, maybe_erased: list[str] | None = None) -> None:
+        """Every version that is kept answers what it answered before, all of them with or all without erased keys."""
+        head = self.newest().view
+        found = {number: contents(self.version(number, head)) for number in self.kept()}
+        wanted = {number: self.history[number] for number in found}
+        erased = {number: without(rows, maybe_erased or []) for number, rows in wanted.items()}
+        assert found in (wanted, erased), "an older version changed"
+
+    def litter(self) -> set[str]:
+        """Data files that no version needs that is kept, by folder/attempt/name."""
+        head = self.newest().view
+        needed = {entry["path"] for entry in files(head.manifest)}
+        for number in self.kept():
+            needed |= {entry["path"] for entry in files(self.version(number, head).manifest)}
+        there = {entry.name for entry in self.store.list() if not entry.name.startswith(("manifests/", "pins/"))}
+        assert needed <= there, "a file that is needed is gone"
+        assert all(len(attempt_of(name)) == 32 for name in there)
+        return there - needed
 
 
-def is_expired(head: View, number: int) -> bool:
-    """Whether the head says that this version's files may be gone."""
-    return any(first <= number <= last for first, last in head.manifest.get("expired", ()))
+def without(rows: Contents, keys: list[str]) -> Contents:
+    """The rows of other keys."""
+    return {key: number for key, number in rows.items() if key not in keys}

@@ -4,6 +4,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,11 +15,11 @@ from faults import CREATE_FAULTS, Crash, FaultyStore
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from index_world import Contents, Effect, IndexWorld, Operation, codes_of
+from index_world import BITS, Contents, Effect, IndexWorld, Operation, codes_of, contents, unchanged, without
 from numpy.typing import NDArray
 
 from hashdist.errors import Corrupt, NotFound, OutcomeUnknown
-from hashdist.index import Index
+from hashdist.index import Index, compaction, create_index, erasure, promotion, retention
 from hashdist.index.view import View
 from hashdist.store import Store, commit, open_store
 from hashdist.store.base import Contended, Exists
@@ -45,7 +46,54 @@ def put(rows: Contents) -> tuple[Operation, Effect]:
 
 
 def remove(keys: list[str]) -> tuple[Operation, Effect]:
-    return lambda index: index.delete(keys), lambda before: {k: v for k, v in before.items() if k not in keys}
+    return lambda index: index.delete(keys), lambda before: without(before, keys)
+
+
+def compact() -> tuple[Operation, Effect]:
+    return lambda index: compaction.compact(index, everything=True), unchanged
+
+
+def tag(name: str, version: int | None = None) -> tuple[Operation, Effect]:
+    return lambda index: retention.tag(index, name, version), unchanged
+
+
+def untag(name: str) -> tuple[Operation, Effect]:
+    return lambda index: retention.untag(index, name), unchanged
+
+
+def vacuum() -> tuple[Operation, Effect]:
+    """Everything that may go, whatever its age."""
+    return lambda index: retention.vacuum(index, 0.0, force=True), unchanged
+
+
+def purge(keys: list[str]) -> tuple[Operation, Effect]:
+    return lambda index: erasure.purge(index, keys), lambda before: without(before, keys)
+
+
+def rollback(to: int, then: Contents) -> tuple[Operation, Effect]:
+    return lambda index: retention.rollback(index, to), lambda before: then
+
+
+def refuse(served: View, proposed: View) -> dict[str, Any]:
+    """A gate that nothing passes."""
+    return {"passed": False, "checks": [{"name": "never", "passed": False, "text": "nothing passes"}]}
+
+
+def stage(rows: Contents) -> tuple[Operation, Effect]:
+    """Rows that the gate refuses: they wait as a candidate."""
+
+    def operation(index: Index) -> Any:
+        return index.apply(codes_of(list(rows.values())), list(rows), gate=refuse)
+
+    return operation, unchanged
+
+
+def promote(then: Contents) -> tuple[Operation, Effect]:
+    return lambda index: promotion.promote(index, force=True), lambda before: then
+
+
+def discard() -> tuple[Operation, Effect]:
+    return promotion.discard, unchanged
 
 
 # A crash at every call
@@ -53,38 +101,56 @@ def remove(keys: list[str]) -> tuple[Operation, Effect]:
 
 def world(folder: Path) -> IndexWorld:
     uri = str(folder / "index")
-    return IndexWorld(uri, open_store(uri))
+    create_index(uri, BITS, model="m")
+    return IndexWorld(open_store(uri), {1: {}})
 
 
-def filled(folder: Path) -> IndexWorld:
-    """An index with a history: shards, changed rows, removed rows."""
-    made = world(folder)
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> IndexWorld:
+    """An index with a history: shards, changed rows, removed rows, a tag, a candidate."""
+    made = world(tmp_path_factory.mktemp("filled"))
     clean = FaultyStore(made.store)
     for operation, effect in (
         put({"a": 1, "b": 2, "c": 3}),
         put({"d": 4, "e": 5}),
         put({"a": 11}),
         remove(["b"]),
+        tag("before"),
         put({"b": 22}),
+        stage({"a": 5, "w": 6}),
     ):
         assert made.attempt(operation, effect, clean) == "done"
     return made
 
 
+AT_THE_TAG = {"a": 11, "c": 3, "d": 4, "e": 5}
+CANDIDATE = {**AT_THE_TAG, "a": 5, "b": 22, "w": 6}
 OPERATIONS: dict[str, tuple[Operation, Effect]] = {
     "add": put({"x": 7}),
-    "change": put({"a": 8, "d": 9}),
     "add and change": put({"a": 8, "y": 1}),
     "remove": remove(["a", "d"]),
+    "compact": compact(),
+    "tag": tag("now", 6),
+    "untag": untag("before"),
+    "vacuum": vacuum(),
+    "purge": purge(["a", "b"]),
+    "rollback": rollback(6, AT_THE_TAG),
+    "stage": stage({"a": 2}),
+    "promote": promote(CANDIDATE),
+    "discard": discard(),
 }
+ONCE = {"untag", "promote", "discard"}
+"""A second run of these finds that it is done already."""
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_crash_at_any_call_leaves_all_or_nothing_and_a_second_run_finishes(name: str, tmp_path: Path) -> None:
+def test_a_crash_at_any_call_leaves_all_or_nothing_and_a_second_run_finishes(
+    name: str, filled: IndexWorld, tmp_path: Path
+) -> None:
     operation, effect = OPERATIONS[name]
     hit: set[int] = set()
     for crash_at in itertools.count():
-        made = filled(tmp_path / str(crash_at))
+        made = filled.copy(tmp_path / str(crash_at))
         before = made.head()
         calls = itertools.count()
 
@@ -94,19 +160,25 @@ def test_a_crash_at_any_call_leaves_all_or_nothing_and_a_second_run_finishes(nam
                 raise Crash(call)
 
         ended = made.attempt(operation, effect, FaultyStore(made.store, calls=die))
-        made.check()
-        assert made.attempt(operation, effect, FaultyStore(made.store)) == "done"
+        erased = ["a", "b"] if name == "purge" else []
+        made.check(maybe_erased=erased)
+        again = made.attempt(operation, effect, FaultyStore(made.store))
+        assert again == "done" or (name in ONCE and again == "NotFound")
         assert made.head() == effect(dict(before))
+        made.erase(erased)
         made.check()
+        if name == "vacuum":
+            assert not made.litter()
         if ended == "done":
             break
     assert hit == set(range(crash_at)), "every call of a whole run was hit"
-    assert crash_at >= 4
+    assert crash_at >= 3
 
 
 # Random histories
 
 KEYS = st.sampled_from("abcdef")
+TAGS = st.sampled_from(["one", "two"])
 SOME_KEYS = st.lists(KEYS, min_size=1, max_size=3, unique=True)
 ROWS = st.dictionaries(KEYS, st.integers(0, 7), min_size=1, max_size=4)
 CREATES = st.lists(st.sampled_from([*CREATE_FAULTS, "crash", "crash-after"]), max_size=2)
@@ -123,6 +195,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="hashdist-machine-"))
         self.world = world(self.folder)
         self.stale: Index | None = None
+        self.pins: list[tuple[View, Contents, ExitStack]] = []
 
     def attempt(
         self,
@@ -131,7 +204,7 @@ class IndexMachine(RuleBasedStateMachine):
         puts: list[str],
         crash_at: int | None,
         stale: bool = False,
-    ) -> None:
+    ) -> str:
         calls = itertools.count()
 
         def die(call: str) -> None:
@@ -143,7 +216,7 @@ class IndexMachine(RuleBasedStateMachine):
         if stale and self.stale is not None:
             old = self.stale.view
             behind, self.stale = Index(commit.Log(faulty), old.version), None
-        self.world.attempt(*operation, faulty, behind)
+        return self.world.attempt(*operation, faulty, behind)
 
     @rule(rows=ROWS, creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())
     def put_rows(self, rows: Contents, **how: Any) -> None:
@@ -154,6 +227,73 @@ class IndexMachine(RuleBasedStateMachine):
     )
     def remove_rows(self, keys: list[str], **how: Any) -> None:
         self.attempt(remove(keys), **how)
+
+    @rule(creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())
+    def compact(self, **how: Any) -> None:
+        self.attempt(compact(), **how)
+
+    @rule(name=TAGS, creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())
+    def tag(self, name: str, **how: Any) -> None:
+        self.attempt(tag(name), **how)
+
+    @rule(name=TAGS, creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())
+    def untag(self, name: str, **how: Any) -> None:
+        self.attempt(untag(name), **how)
+
+    @rule(creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())
+    def vacuum(self, **how: Any) -> None:
+        self.attempt(vacuum(), **how)
+
+    @rule()
+    def vacuum_to_the_end(self) -> None:
+        self.world.land()
+        assert self.attempt(vacuum(), [], [], None) == "done"
+        assert bool(self.pins) or not self.world.litter()
+
+    @rule(pick=st.integers(0, 50), creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())
+    def roll_back(self, pick: int, **how: Any) -> None:
+        kept = self.world.kept()
+        to = kept[pick % len(kept)]
+        self.attempt(rollback(to, self.world.history[to]), **how)
+
+    @rule(keys=SOME_KEYS, creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())
+    def purge(self, keys: list[str], **how: Any) -> None:
+        self.unpin()
+        self.world.land()
+        self.attempt(purge(keys), **how)
+        self.world.check(maybe_erased=keys)
+        self.world.land()
+        assert self.attempt(purge(keys), [], [], None) == "done"
+        self.world.erase(keys)
+        self.world.check()
+
+    @rule(rows=ROWS, creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())
+    def stage(self, rows: Contents, **how: Any) -> None:
+        self.attempt(stage(rows), **how)
+
+    @rule(creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())
+    def promote(self, **how: Any) -> None:
+        version = self.world.newest().view.version
+        if "candidate" in version.manifest:
+            waiting = contents(View(self.world.log, promotion.as_content(version, "")))
+            self.attempt(promote(waiting), **how)
+
+    @rule(creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())
+    def discard(self, **how: Any) -> None:
+        self.attempt(discard(), **how)
+
+    @rule()
+    def pin(self) -> None:
+        index, held = self.world.newest(), ExitStack()
+        held.enter_context(retention.pinned(index, every_s=0))
+        self.pins.append((index.view, self.world.head(), held))
+
+    @rule()
+    def unpin(self) -> None:
+        for view, then, held in self.pins:
+            assert contents(View(view.log, view.version)) == then, "a pinned version changed"
+            held.close()
+        self.pins.clear()
 
     @rule()
     def fall_behind(self) -> None:
@@ -170,6 +310,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
+            self.unpin()
             self.world.land()
             self.world.check()
             shutil.rmtree(self.folder)

@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from hashdist.errors import InvalidInput
-from hashdist.kernel import kernel
+from hashdist.kernel import differing, kernel
 from hashdist.order import blocks
 
 _BLOCK = 512  # codes looked at together: 4 KiB of 64-bit codes
@@ -393,21 +393,6 @@ def _load(_typing: Any, address: Any, index: Any, like: Any) -> Any:
 
 
 @intrinsic
-def _differing(_typing: Any, a: Any, b: Any) -> Any:
-    """Bits in which two words differ, in their own type (bytes: uint16): LLVM's ctpop, a vector instruction or a few.
-
-    numba would widen the words first, and half as many would fit a vector.
-    """
-    result = types.uint16 if a == types.uint8 else a
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        count = builder.ctpop(builder.xor(*arguments))
-        return count if result == a else builder.zext(count, context.get_value_type(result))
-
-    return result(a, b), generate
-
-
-@intrinsic
 def _narrow(_typing: Any, value: Any, like: Any) -> Any:
     """A small non-negative int64 in the type of `like`."""
 
@@ -447,16 +432,16 @@ def _marked(_typing: Any, marks: Any) -> Any:
 @no_type_check
 def _distance(block, r, queries, q, form, turned):
     step, skip = (1, _BLOCK) if len(turned) else (len(form), 1)
-    total = _differing(_load(block, r * step, queries), queries[q, 0])
+    total = differing(_load(block, r * step, queries), queries[q, 0])
     for w in range(1, len(form)):
-        total = _plus(total, _differing(_load(block, r * step + w * skip, queries), queries[q, w]))
+        total = _plus(total, differing(_load(block, r * step + w * skip, queries), queries[q, w]))
     return total
 
 
 @kernel
 @no_type_check
 def _any_below(block, start, stop, queries, q, form, turned, cut):
-    limit = _narrow(cut, _differing(queries[q, 0], queries[q, 0]))
+    limit = _narrow(cut, differing(queries[q, 0], queries[q, 0]))
     marks = _narrow(0, limit)
     for r in range(start, stop):
         marks = _mark_below(marks, _distance(block, r, queries, q, form, turned), limit)

@@ -3,7 +3,8 @@
 | check | what is required |
 |---|---|
 | `probes` | images that are encoded again by the model that the version names get the codes that are stored |
-| `quality` | mAP where there are labels, else recall@k of exact neighbours, within a tolerance of the last version's |
+| `quality` | mAP where there are labels, else recall@k of exact neighbours, within a tolerance of the last version's; \
+in a first version hardly below that of random hyperplanes |
 | `bits` | few bits are (nearly) constant |
 | `collisions` | two images rarely have equal codes |
 | `counts` | hardly fewer rows than are served |
@@ -26,13 +27,14 @@ import torch
 from numpy.typing import NDArray
 
 from hashdist import neighbours, ranking, scan
-from hashdist.bits import unpack
+from hashdist.bits import pack, unpack
 from hashdist.collections import Collection
 from hashdist.errors import InvalidInput, NotFound
 from hashdist.index import Index
 from hashdist.index.probes import Probes, read_probes, smallest, write_probes
 from hashdist.index.promotion import Gate
 from hashdist.index.view import Places, View
+from hashdist.methods import lsh
 from hashdist.model import DECISIVE, Model, check_features, load_model
 from hashdist.progress import say
 from hashdist.schema import OK, from_vectors
@@ -43,9 +45,10 @@ FARTHEST = 1
 """Bits by which a probe's code may differ from the stored one."""
 
 _CONSTANT = 0.02  # a bit whose mean is nearer to 0 or 1 than this is nearly constant
-_SKILL = 0.02  # of a first version: how far above chance, as a share of the way from there to 1
+_ABOVE_CHANCE = 0.02  # of a first version whose features are not at hand, as a share of the way from chance to 1
 _ALIVE = 0.5  # share of the probe set that must still be in the index
 _DEPTH = 2  # neighbours kept of each query, as a multiple of k: some of them will be deleted
+_SHARE_NEAR = 20  # k is at most one in so many of the probe set
 
 Ids = NDArray[np.int64]
 Check = dict[str, Any]
@@ -112,11 +115,11 @@ class Checks:
             reason = f"the index has {proposed.manifest['rows']} rows, fewer than {self.limits.fewest} (gate.fewest)"
             checks += [_skipped(name, reason) for name in ("bits", "collisions", "quality")]
         else:
-            probes = self._probe_set(served, proposed)
+            probes, at_random = self._probe_set(served, proposed)
             places = _present(proposed.locate(probes.ids))
             codes_SW = proposed.codes(places)
             checks += [self._bits(codes_SW), self._collisions(codes_SW)]
-            judged, quality = self._quality(served, proposed, probes, places, codes_SW)
+            judged, quality = self._quality(served, proposed, probes, places, codes_SW, at_random)
             checks.append(judged)
         passed = all(check["passed"] for check in checks)
         for check in checks:
@@ -171,30 +174,37 @@ class Checks:
 
     # The probe set
 
-    def _probe_set(self, served: View, proposed: View) -> Probes:
+    def _probe_set(self, served: View, proposed: View) -> tuple[Probes, NDArray[np.uint8] | None]:
         """The one that the index keeps, or a new one where there is none, too little of it is left, or the features
-        are now another network's."""
+        are now another network's; of a new one also the codes that random hyperplanes give its features.
+
+        Cosines are taken about the mean: features behind a ReLU all point one way, and heads are trained on centred
+        ones (decision H6).
+        """
         features = next((found for found in map(_features_of, reversed(self.sources)) if found), None)
         entry, store = served.manifest.get("probes"), proposed.log.store
         made_by = {name: features.manifest().get(name) for name in DECISIVE} if features else None
         if entry and made_by in (None, entry["made_by"]):
             kept = read_probes(store, entry)
             if proposed.locate(kept.ids).present.mean() >= _ALIVE:
-                return kept
+                return kept, None
         name = proposed.log.new_attempt().new("probes", ".parquet")
         nothing = np.empty((0, 0), np.int64)
         if features is None:
-            return write_probes(store, name, smallest(proposed, self.limits.sample).ids, nothing, {})
+            return write_probes(store, name, smallest(proposed, self.limits.sample).ids, nothing, {}), None
         rows = _rows_of(features, proposed, self.limits.sample, self.limits.parts)
         if len(rows) < self.limits.fewest:
-            return write_probes(store, name, smallest(proposed, self.limits.sample).ids, nothing, {})
+            return write_probes(store, name, smallest(proposed, self.limits.sample).ids, nothing, {}), None
         ids, features_SD = _features(features, rows)
-        k = min(_DEPTH * self.limits.recall_at, len(ids) - 1)
+        centred_SD = features_SD - features_SD.mean(0, dtype=np.float64).astype(np.float32)
+        depth = _DEPTH * min(self.limits.recall_at, -(-len(ids) // _SHARE_NEAR))
         queries = min(self.limits.queries, len(ids))
-        found_QK = neighbours.nearest(features_SD[:queries], features_SD, k + 1, threads=1)
+        found_QK = neighbours.nearest(centred_SD[:queries], centred_SD, depth + 1, threads=1)
         others = found_QK != np.arange(queries)[:, None]
         others[others.all(1), -1] = False
-        return write_probes(store, name, ids, ids[found_QK[others].reshape(queries, k)], made_by or {})
+        near_QK = ids[found_QK[others].reshape(queries, depth)]
+        at_random = pack(lsh.fit(centred_SD, int(proposed.manifest["bits"]), 0)(centred_SD))
+        return write_probes(store, name, ids, near_QK, made_by or {}), at_random
 
     # Statistics of the codes
 
@@ -215,8 +225,15 @@ class Checks:
     # Quality
 
     def _quality(
-        self, served: View, proposed: View, probes: Probes, places: Places, codes_SW: NDArray[np.uint8]
+        self,
+        served: View,
+        proposed: View,
+        probes: Probes,
+        places: Places,
+        codes_SW: NDArray[np.uint8],
+        at_random: NDArray[np.uint8] | None,
     ) -> tuple[Check, dict[str, Any] | None]:
+        """What counts is how far a value stands above that of the same codes given to other images: chance."""
         labels = pa.array(proposed.column(places, "labels"), pa.list_(pa.int32()))
         labelled = pc.greater(pc.fill_null(pc.list_value_length(labels), 0), 0).to_numpy(zero_copy_only=False)
         task = _Task(places.ids, _masks(labels) if labelled.mean() >= _ALIVE else None, probes, self.limits)
@@ -230,13 +247,17 @@ class Checks:
             "sample": len(places.ids),
             "probes": probes.entry["sha256"],
         }
+        chance = task.measure(np.roll(codes_SW, len(codes_SW) // 2, axis=0))
         last, origin = self._last(served, task, probes)
-        if last is None:
-            chance = task.measure(np.roll(codes_SW, len(codes_SW) // 2, axis=0))
-            least, origin = chance + _SKILL * (1 - chance), f"there is no earlier value, and chance gives {chance:.4f}"
+        if last is not None:
+            least = chance + (1 - self.limits.tolerance) * max(0.0, last - chance)
+        elif at_random is not None and len(at_random) == len(codes_SW):
+            floor = task.measure(at_random)
+            least = chance + self.limits.floor * max(0.0, floor - chance)
+            origin = f"there is no earlier value; random hyperplanes reach {floor:.4f} on the same features"
         else:
-            least = (1 - self.limits.tolerance) * last
-        text = f"{task.name} is {value:.4f}, at least {least:.4f} is required ({origin})"
+            least, origin = chance + _ABOVE_CHANCE * (1 - chance), "there is no earlier value"
+        text = f"{task.name} is {value:.4f}, at least {least:.4f} is required ({origin}; chance gives {chance:.4f})"
         return _check("quality", value >= least, value, least, text, measure=task.name), found
 
     def _last(self, served: View, task: "_Task", probes: Probes) -> tuple[float | None, str]:
@@ -273,7 +294,12 @@ class _Task:
 
     @property
     def name(self) -> str:
-        return f"recall@{self.limits.recall_at}" if self.masks is None else "map"
+        return f"recall@{self.k}" if self.masks is None else "map"
+
+    @property
+    def k(self) -> int:
+        """Of recall@k: half of the neighbours that the set keeps."""
+        return int(self.probes.neighbours_QK.shape[1]) // _DEPTH
 
     @property
     def queries(self) -> int:
@@ -299,7 +325,7 @@ class _Task:
 
     def _recall(self, codes_SW: NDArray[np.uint8]) -> float:
         q = self.queries
-        k = min(self.limits.recall_at, len(self.ids) - 1)
+        k = min(self.k, len(self.ids) - 1)
         wanted = self.probes.neighbours_QK[np.searchsorted(self.probes.ids, self.ids[:q])]
         found = self.ids[scan.nearest(codes_SW, codes_SW[:q], k + 1).rows_QK]
         shares = []

@@ -228,7 +228,9 @@ class GateSettings:
         sample: images of the probe set, within which quality is measured; chosen once, then kept.
         queries: how many of them are queries.
         recall_at: k of recall@k by exact cosine neighbours; where images have labels it is mAP instead.
-        tolerance: share of the last version's mAP or recall that may be lost.
+        tolerance: share of what the last version's mAP or recall stands above chance that may be lost.
+        floor: share of what random hyperplanes of the same length stand above chance, for a version that has no
+            earlier one to be compared with.
         constant_bits: share of the bits that may be equal in 98 % of the images.
         collisions: probability that two images have equal codes, at most.
         lost_rows: share of the served rows that may be gone.
@@ -240,8 +242,9 @@ class GateSettings:
     parts: int = 32
     sample: int = 10_000
     queries: int = 500
-    recall_at: int = 10
-    tolerance: float = 0.05
+    recall_at: int = 100
+    tolerance: float = 0.15
+    floor: float = 0.9
     constant_bits: float = 0.25
     collisions: float = 0.5
     lost_rows: float = 0.05
@@ -432,6 +435,34 @@ class VacuumOptions:
     force: bool = False
     artefacts: bool = False
     keep: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CompactOptions:
+    """What is compacted; when it is due and what is small stand in the index settings.
+
+    Args:
+        all: as few shards as possible, without any deleted row.
+        dry_run: print what would be done, change nothing.
+    """
+
+    all: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class PurgeOptions:
+    """Which images are erased, from all versions of all indexes under the root and from all artefacts.
+
+    Args:
+        keys: of the images; given alone, the words after the command. They then stand in your shell's history too.
+        keys_file: a file with one key a line.
+        reason: stands in the log for ever; it must name no image.
+    """
+
+    keys: list[str] = field(default_factory=list)
+    keys_file: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)

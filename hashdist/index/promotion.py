@@ -91,7 +91,13 @@ def promote(index: "Index", gate: Gate | None = None, *, force: bool = False, re
 
     def propose(view: View, _tried: int) -> dict[str, Any]:
         candidate = candidate_of(view.version, view.uri)
-        _require_same_rows(view, candidate)
+        changed = lost_by(view, candidate)
+        if changed is not None:
+            raise Conflict(
+                f"{view.uri}: the candidate was made upon version {candidate['upon']}, and version {changed} changed "
+                "the served rows since; promoting would lose that. Run the job that made it again (`hashdist "
+                "index build` or `hashdist reindex`), or `hashdist index discard`"
+            )
         new, report = content(candidate), candidate["gate"]
         if gate is not None and not force:
             asked = dict(gate(view, View(view.log, as_content(view.version, view.uri), view)))
@@ -122,15 +128,12 @@ def discard(index: "Index") -> int:
     return version
 
 
-def _require_same_rows(view: View, candidate: Mapping[str, Any]) -> None:
-    """Conflict unless every version since the candidate was made holds the rows that it was made beside."""
+def lost_by(view: View, candidate: Mapping[str, Any]) -> int | None:
+    """The first version since the candidate was made that changed the served rows, which promoting it would undo."""
     before = content(view.log.read(candidate["upon"]).manifest)
     for number in range(candidate["upon"] + 1, view.number + 1):
         manifest = view.manifest if number == view.number else view.log.read(number).manifest
         if content(manifest) != before and manifest["operation"] not in _ROWS_STAY:
-            raise Conflict(
-                f"{view.uri}: the candidate was made upon version {candidate['upon']}, and version {number} "
-                f"({manifest['operation']}) changed the served rows since; promoting would lose that. Run the job that "
-                "made the candidate again (`hashdist index build` or `hashdist reindex`), or `hashdist index discard`"
-            )
+            return number
         before = content(manifest)
+    return None

@@ -9,7 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,18 +18,33 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hashdist import distributed, gate
+from hashdist.collections import Collection
 from hashdist.errors import AlreadyExists, Conflict, InvalidInput, NotFound
 from hashdist.ids import image_id
 from hashdist.index import Index, create_index, open_index, promotion, rerank
+from hashdist.index.seen import (
+    FOLDER,
+    SEEN,
+    SOURCES_SUFFIX,
+    SUFFIX,
+    last_of_each,
+    write_seen,
+    write_sources,
+)
 from hashdist.order import runs
 from hashdist.progress import say
 from hashdist.schema import OK, from_vectors
 from hashdist.settings import Settings
 from hashdist.shards import Rows, Shard, write_shard
+from hashdist.sources import source_stamp
+from hashdist.store import Entry
 from hashdist.store.commit import Artefact, Log, open_artefact, read_table
 
 COLUMNS = ["digest", "labels"]
 """What a shard keeps beside codes, ids and keys: what re-indexing compares, and what evaluation needs."""
+
+LISTED = ["size", "stamp"]
+"""Likewise, from the collection where there is one: what re-indexing looks at first."""
 
 _MOST_SALTS = 1000
 _FEATURE_BYTES = 1 << 30
@@ -58,19 +74,20 @@ def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
     files = manifest["files"]
     spans = runs([file["rows"] for file in files], _shard_rows(settings, features))
     parts = [range(start, stop) for start, stop in spans]
-    task = _WriteShard(codes, features, Log(index.store))
+    listing = _listing(codes)
+    task = _WriteShard(codes, features, listing, Log(index.store))
     done = dict(distributed.run_tasks(task, parts, label="index", at_once=distributed.cpus()))
-    written = [done[number] for number in range(len(parts)) if done[number] is not None]
-    shards = [shard for shard, _ in written]
+    written = [done[number] for number in range(len(parts))]
+    shards = [part.shard for part in written if part.shard]
     _require_distinct(index, shards)
     try:
         index.publish(
             shards,
             bits=manifest["bits"],
-            salts={key: salt for _, salts in written for key, salt in salts.items()},
+            salts={key: salt for part in written for key, salt in part.salts.items()},
             model=manifest["model_digest"],
             model_uri=manifest["model"],
-            lineage=_lineage(settings, codes) | {rerank.PART: _kept(features)},
+            lineage=_lineage(settings, codes) | {rerank.PART: _kept(features)} | _seen(index, written, listing),
             gate=checks,
         )
     except Conflict:
@@ -125,26 +142,77 @@ def _open_or_create(uri: str, bits: int) -> Index:
         return open_index(uri)
 
 
+class _Written(NamedTuple):
+    """What a task has made: a shard (None where no row has a code), the salts > 0 of its keys, notes about failures."""
+
+    shard: dict[str, Any] | None
+    salts: dict[str, int]
+    notes: pa.Table
+
+
 @dataclass(frozen=True)
 class _WriteShard:
     """Work of one task: a run of parts as one shard."""
 
     codes: Artefact
     features: Artefact | None
+    listing: Artefact | None
     log: Log
 
-    def __call__(self, parts: Sequence[int]) -> tuple[dict[str, Any], dict[str, int]] | None:
-        """Entry of the shard, and the salts > 0 of its keys; None where no row has a code."""
-        table = _table(self.codes, parts, ["id", "key", *COLUMNS, "status", "code"])
+    def __call__(self, parts: Sequence[int]) -> _Written:
+        """Write the shard of these parts."""
+        table = _table(self.codes, parts, ["id", "key", *COLUMNS, "status", "reason", "code"])
+        table = _with_stamps(table, self.listing, parts)
         good = np.flatnonzero(np.asarray(pc.equal(table["status"], OK)))
+        notes = table.filter(pc.not_equal(table["status"], OK)).select(SEEN.names).cast(SEEN)
         if not len(good):
-            return None
+            return _Written(None, {}, notes)
         arrays = {} if self.features is None else {rerank.PART: _beside(self.features, parts, table["id"], good)}
         table = table.take(good)
         vectors = np.asarray(from_vectors(table["code"], table.schema), np.uint8)
-        rows = Rows(table["id"].to_numpy(), vectors, table["key"], table.select(COLUMNS), arrays)
+        rows = Rows(table["id"].to_numpy(), vectors, table["key"], table.select([*COLUMNS, *LISTED]), arrays)
         shard = write_shard(self.log.store, lambda suffix: self.log.new_name("shards", suffix), rows)
-        return shard, salts_of(table["key"].to_pylist(), table["id"].to_pylist())
+        return _Written(shard, salts_of(table["key"].to_pylist(), table["id"].to_pylist()), notes)
+
+
+def _listing(codes: Artefact) -> Artefact | None:
+    """The collection that codes were made from; None where there is none, or none any more."""
+    uri = _collection(codes.manifest()["inputs"])
+    try:
+        return open_artefact(uri, "collections") if uri else None
+    except NotFound:
+        return None
+
+
+def _with_stamps(table: pa.Table, listing: Artefact | None, parts: Sequence[int]) -> pa.Table:
+    """Size and stamp as listed, of rows of parts of codes: codes and collection are cut into the same parts."""
+    if listing is None:
+        return table.append_column("size", pa.nulls(len(table), pa.int64())).append_column(
+            "stamp", pa.nulls(len(table), pa.string())
+        )
+    collection = Collection(listing)
+    listed = pa.concat_tables(collection.table(part) for part in parts).sort_by("id")
+    ids = listed["id"].to_numpy()
+    places = np.searchsorted(ids, table["id"].to_numpy()).clip(max=max(len(ids) - 1, 0))
+    known = np.zeros(len(table), np.bool_) if not len(ids) else ids[places] == table["id"].to_numpy()
+    at = pa.array(places, mask=~known)
+    return table.append_column("size", listed["size"].take(at)).append_column("stamp", listed["stamp"].take(at))
+
+
+def _seen(index: Index, written: Sequence[_Written], listing: Artefact | None) -> dict[str, Any]:
+    """What a re-index starts from: notes about failures, the files that were read, and when they were listed."""
+    names, found = index.versions.new_attempt(), {}
+    notes = last_of_each(part.notes for part in written)
+    if len(notes):
+        found["seen"] = [write_seen(index.store, names.new(FOLDER, SUFFIX), notes)]
+    if listing is not None:
+        about = listing.manifest()
+        found["listed_at"] = datetime.fromisoformat(about["created_at"]).timestamp()
+        if about["format"] != "folder":
+            files = zip(about["sources"], about["stamps"], strict=True)
+            stamps = (source_stamp(Entry(name, size, stamp, 0.0)) for name, (size, stamp) in files)
+            found["sources"] = write_sources(index.store, names.new(FOLDER, SOURCES_SUFFIX), stamps)
+    return found
 
 
 def _table(artefact: Artefact, parts: Sequence[int], columns: list[str]) -> pa.Table:

@@ -407,7 +407,8 @@ class Index:
         def propose(view: View, tried: int) -> dict[str, Any]:
             if tried:
                 raise Conflict(f"{self.uri}: version {view.number} was committed by another writer meanwhile")
-            new = {"shards": stamped(shards, view.number + 1), "salts": stamped(salted, view.number + 1)}
+            files = {"shards": shards, "salts": salted, "seen": content["seen"]}
+            new = {part: stamped(entries, view.number + 1) for part, entries in files.items()}
             return successor(view.version, "build", content | new, **about)
 
         self.transact(propose, gate)

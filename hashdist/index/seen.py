@@ -6,6 +6,7 @@ version of the increment that looked; of several notes about an image the last o
 again for it. Notes are hints: without them images are read once more, and answers are the same.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ SEEN = pa.schema(
     ]
 )
 
+SOURCES_SUFFIX = ".sources.json"
+
 MOST_FILES = 8
 """Files of notes in a version; more are merged into one by the increment that would add another."""
 
@@ -47,6 +50,16 @@ def read_seen(store: Store, entry: Mapping[str, Any]) -> pa.Table:
     """The notes that `write_seen` wrote."""
     with pa.memory_map(str(local_file(store, entry))) as source:
         return pa.ipc.open_file(source).read_all()
+
+
+def write_sources(store: Store, name: str, stamps: Iterable[str]) -> dict[str, Any]:
+    """Write the stamps of the parquet files and tars whose images a version has all; returns the file's entry."""
+    return write_file(store, name, json.dumps(sorted(stamps)).encode())
+
+
+def read_sources(store: Store, entry: Mapping[str, Any]) -> set[str]:
+    """The stamps that `write_sources` wrote."""
+    return set(json.loads(local_file(store, entry).read_bytes()))
 
 
 def last_of_each(tables: Iterable[pa.Table]) -> pa.Table:

@@ -201,16 +201,18 @@ def _with_stamps(table: pa.Table, listing: Artefact | None, parts: Sequence[int]
 
 def _seen(index: Index, written: Sequence[_Written], listing: Artefact | None) -> dict[str, Any]:
     """What a re-index starts from: notes about failures, the files that were read, and when they were listed."""
-    names, found = index.versions.new_attempt(), {}
+    names = index.versions.new_attempt()
+    found: dict[str, Any] = {}
     notes = last_of_each(part.notes for part in written)
     if len(notes):
         found["seen"] = [write_seen(index.store, names.new(FOLDER, SUFFIX), notes)]
     if listing is not None:
         about = listing.manifest()
         found["listed_at"] = datetime.fromisoformat(about["created_at"]).timestamp()
-        if about["format"] != "folder":
-            files = zip(about["sources"], about["stamps"], strict=True)
-            stamps = (source_stamp(Entry(name, size, stamp, 0.0)) for name, (size, stamp) in files)
+        files = zip(about["sources"], about["stamps"], strict=False)  # of a folder, no stamps
+        stamps = {source_stamp(Entry(name, size, stamp, 0.0)) for name, (size, stamp) in files}
+        # a listing of an older release has other stamps on its rows; then all files are read once more
+        if stamps and not stamps.isdisjoint(Collection(listing).table(0)["stamp"].to_pylist()):
             found["sources"] = write_sources(index.store, names.new(FOLDER, SOURCES_SUFFIX), stamps)
     return found
 

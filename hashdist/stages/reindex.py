@@ -11,7 +11,6 @@ An image whose stamp changed and whose bytes did not is noted with its new stamp
 where it is. So is one that no code can be made of. Either is left alone from then on, until its stamp changes again.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,7 +44,7 @@ from hashdist.errors import HashdistError, InvalidInput
 from hashdist.given import UNUSABLE
 from hashdist.index import Applied, Index
 from hashdist.index.promotion import Gate
-from hashdist.index.seen import FOLDER, SEEN, last_of_each
+from hashdist.index.seen import FOLDER, SEEN, SOURCES_SUFFIX, last_of_each, read_sources, write_sources
 from hashdist.index.view import View
 from hashdist.inventory import LISTED
 from hashdist.model import NOT_FINITE, Model
@@ -65,7 +64,7 @@ from hashdist.sources import (
     source_stamp,
 )
 from hashdist.store import Entry, Store
-from hashdist.store.commit import Log, open_artefact, read_file, write_file
+from hashdist.store.commit import open_artefact
 from hashdist.telemetry import NO_TRAFFIC, Traffic
 
 COLUMNS = ["digest", "labels", "size", "stamp"]
@@ -333,17 +332,11 @@ def _sample(view: View) -> list[str]:
 def _known_sources(view: View, *, retry_failed: bool) -> set[str]:
     """Stamps of the files whose images the index has all; without those with failures that are to be retried."""
     entry = view.manifest.get("sources")
-    known: set[str] = set(json.loads(read_file(view.log.store, entry))) if entry else set()
+    known = read_sources(view.log.store, entry) if entry else set()
     if retry_failed:
         notes = view.notes_between(0, (1 << 63) - 1)
         known -= set(notes["stamp"].filter(pc.not_equal(notes["status"], OK)).to_pylist())
     return known
-
-
-def write_sources(log: Log, sources: Iterable[str]) -> dict[str, Any]:
-    """Write the stamps of the files whose images a version has all; returns the entry."""
-    data = json.dumps(sorted(sources)).encode()
-    return write_file(log.store, log.new_attempt().new(FOLDER, ".sources.json"), data)
 
 
 def _scan(found: Found, rows: Spill, salts: Mapping[str, int]) -> None:
@@ -549,7 +542,8 @@ def commit(
     if dict(numbers) != (index.manifest.get("vocabulary") or {}):
         lineage["vocabulary"] = dict(numbers)
     if found.sources and (outcome.rows or outcome.notes or found.change.removed):
-        lineage["sources"] = write_sources(index.versions, found.sources)
+        name = index.versions.new_attempt().new(FOLDER, SOURCES_SUFFIX)
+        lineage["sources"] = write_sources(index.store, name, found.sources)
     about = {
         "inputs": {"listing": {"uri": found.uri, "format": found.format}},
         "listed_at": found.time,

@@ -21,12 +21,14 @@ from hashdist import __version__
 from hashdist.errors import HashdistError, InvalidInput
 from hashdist.progress import say
 from hashdist.settings import (
+    CompactOptions,
     CompareOptions,
     ConvertOptions,
     DedupOptions,
     PromoteOptions,
     ProtocolCheckOptions,
     ProtocolOptions,
+    PurgeOptions,
     QuickstartOptions,
     ReindexOptions,
     ReportOptions,
@@ -87,6 +89,15 @@ COMMANDS = {
     "index verify": Command("read and check every byte of every kept version", "hashdist.maintenance:index_verify"),
     "index vacuum": Command(
         "expire old versions, and delete what nothing needs", "hashdist.maintenance:index_vacuum", options=VacuumOptions
+    ),
+    "index compact": Command(
+        "merge small shards and drop deleted rows", "hashdist.maintenance:index_compact", options=CompactOptions
+    ),
+    "index purge": Command(
+        "erase images from all versions and artefacts",
+        "hashdist.erasure:index_purge",
+        options=PurgeOptions,
+        first="keys",
     ),
     "search": Command("search by image, key or code", "hashdist.search:run", options=SearchOptions),
     "dedup": Command("clusters of near-duplicates", "hashdist.commands:dedup", options=DedupOptions),
@@ -188,8 +199,7 @@ def _run(name: str, words: list[str]) -> dict[str, Any]:
 def parse(name: str, words: Sequence[str]) -> tuple[Settings, Any]:
     """Settings and the command's own options from the words after its name. Raises InvalidInput."""
     command = COMMANDS[name]
-    if command.first and words and not words[0].startswith("-"):
-        words = [f"--{command.first}", *words]
+    words = _with_first(command, list(words))
     words = _spelled([_long(word, command.short) for word in words], [Settings, *filter(None, [command.options])])
     parser = ArgumentParser(prog=f"hashdist {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
@@ -203,6 +213,17 @@ def parse(name: str, words: Sequence[str]) -> tuple[Settings, Any]:
     except (ArgumentError, TypeError) as error:
         raise InvalidInput(f"{_plain(error)}; `hashdist {name} --help` lists every setting") from error
     return _made(Settings, given), _made(command.options, given) if command.options else None
+
+
+def _with_first(command: Command, words: list[str]) -> list[str]:
+    """The words before the first flag as the option that they stand for: one word, or all of them for a list."""
+    if not command.first or not words or words[0].startswith("-"):
+        return words
+    assert command.options is not None
+    if get_type_hints(command.options)[command.first] is str:
+        return [f"--{command.first}", *words]
+    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    return [f"--{command.first}={json.dumps(words[:count])}", *words[count:]]
 
 
 def _long(word: str, section: str) -> str:

@@ -97,6 +97,8 @@ KINDS = ("collections", "features", "graphs", "models", "codes")
 """Kinds of artefacts, each a folder under the root. Indexes and training runs are logs."""
 
 MANIFEST = "manifest.json"
+REWRITES = "rewrites/"
+"""Folder of the numbered records by which an erasure says what stands in the place of an artefact's files."""
 TRIES = 8
 """Creates of one record before giving up; with the pauses about half a minute."""
 
@@ -434,7 +436,7 @@ class Artefact:
         """The committed manifest, read once. Raises NotFound, with the job that makes it."""
         if self._manifest is None:
             try:
-                self._manifest = read_record(self.store, MANIFEST)
+                self._manifest = _as_rewritten(self.store, read_record(self.store, MANIFEST))
             except NotFound as error:
                 raise NotFound(
                     f"{self.uri} is not committed; make it first ({_MAKERS[self.kind]}), or name one that is"
@@ -499,8 +501,28 @@ def open_artefact(uri: str, kind: str) -> Artefact:
     if manifest.get("kind") != kind:
         raise InvalidInput(f"{uri}: an artefact of kind {kind!r} is required, found {manifest.get('kind')!r}")
     found = Artefact.at(store, kind, str(manifest.get("name", "")))
-    found._manifest = manifest
+    found._manifest = _as_rewritten(store, manifest)
     return found
+
+
+def _as_rewritten(store: Store, manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest as it has to be read now: with the records of erasures applied in their order (hashdist/erasure.py).
+
+    Each names new entries of `files`, by the path of the old ones, and fields that are others since (`changed`).
+    """
+    for found in store.list(REWRITES):
+        record = read_record(store, found.name)
+        manifest = {**_replaced(manifest, record["files"]), **record["changed"]}
+    return manifest
+
+
+def _replaced(value: Any, files: Mapping[str, Any]) -> Any:
+    if isinstance(value, dict):
+        path = value.get("path")
+        if isinstance(path, str) and path in files:
+            return files[path]
+        return {name: _replaced(item, files) for name, item in value.items()}
+    return [_replaced(item, files) for item in value] if isinstance(value, list) else value
 
 
 class Version(NamedTuple):

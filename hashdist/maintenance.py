@@ -1,13 +1,18 @@
-"""The commands that look after an index and a store: tags, rollback, verify, vacuum, storage check. Without Ray."""
+"""The commands that look after an index and a store: tags, rollback, compact, verify, vacuum, storage check.
+
+Without Ray.
+"""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from hashdist.commands import index_of
 from hashdist.errors import InvalidInput
-from hashdist.index import retention, verification
+from hashdist.index import Index, lineage, retention, verification
+from hashdist.index.compaction import compact
 from hashdist.index.manifest import ranges
-from hashdist.settings import RollbackOptions, Settings, StorageOptions, TagOptions, VacuumOptions
+from hashdist.settings import CompactOptions, RollbackOptions, Settings, StorageOptions, TagOptions, VacuumOptions
 from hashdist.store import open_store
 from hashdist.store.check import Check, check
 
@@ -40,6 +45,24 @@ def index_rollback(settings: Settings, options: RollbackOptions) -> dict[str, An
     return {"index": index.uri, "version": version, "to": options.to, "rows": index.rows, "text": text}
 
 
+def index_compact(settings: Settings, options: CompactOptions) -> dict[str, Any]:
+    """Merge small shards and drop deleted rows, whether it is due or not."""
+    index = index_of(settings)
+    done = compact(index, settings.index, everything=options.all, dry_run=options.dry_run)
+    before, after = done.shards
+    if not done.merged and done.tombstones[0] == done.tombstones[1] and not options.dry_run:
+        text = f"{index.uri}: version {done.version} has nothing to compact"
+    elif options.dry_run:
+        text = f"{index.uri}: {done.merged} of {before} shards would be merged, {done.dropped} deleted rows would go"
+    else:
+        text = (
+            f"{index.uri}: version {done.version} has {after} shards instead of {before}; {done.dropped} deleted rows "
+            f"are gone; {done.read} bytes were read, {done.written} written; `hashdist index vacuum` frees the old ones"
+        )
+    reason = f"\nit was due: {done.reason}" if done.reason else ""
+    return {"index": index.uri, **done._asdict(), "rows": index.rows, "text": text + reason}
+
+
 def index_verify(settings: Settings) -> dict[str, Any]:
     """Read and check every byte of every version that can be opened; exit code 1 where anything is wrong."""
     index = index_of(settings)
@@ -60,6 +83,8 @@ def index_verify(settings: Settings) -> dict[str, Any]:
 
 def index_vacuum(settings: Settings, options: VacuumOptions) -> dict[str, Any]:
     """Expire old versions and delete what nothing needs; with --dry-run only tell."""
+    if options.artefacts and not settings.root:
+        raise InvalidInput("--artefacts looks at everything below a root, found none; give --root URI")
     index = index_of(settings)
     age_s = retention.seconds(options.older_than)
     done = retention.vacuum(index, age_s, dry_run=options.dry_run, force=options.force)
@@ -76,6 +101,9 @@ def index_vacuum(settings: Settings, options: VacuumOptions) -> dict[str, Any]:
         lines.append(f"  {done.foreign} files are none of the index's, and were left alone")
     if done.unfinished:
         lines.append(f"  not everything could be deleted ({done.unfinished}); run again")
+    if options.artefacts:
+        more, artefacts = _vacuum_artefacts(settings, options, index, age_s)
+        lines += more
     result: dict[str, Any] = {
         "index": index.uri,
         "version": done.version,
@@ -88,8 +116,27 @@ def index_vacuum(settings: Settings, options: VacuumOptions) -> dict[str, Any]:
         "spared": done.spared,
         "foreign": done.foreign,
         "unfinished": done.unfinished,
+        **({"artefacts": artefacts} if options.artefacts else {}),
     }
     return {**result, "exit_code": int(bool(done.unfinished)), "text": "\n".join(lines)}
+
+
+def _vacuum_artefacts(
+    settings: Settings, options: VacuumOptions, index: Index, age_s: float
+) -> tuple[list[str], dict[str, Any]]:
+    """Lines and fields of the vacuum of artefacts."""
+    root = open_store(settings.root)
+    done = lineage.vacuum_artefacts(root, age_s, keep=options.keep, also=[index.versions], dry_run=options.dry_run)
+    verb = "would be" if done.dry_run else "were"
+    lines = [f"{root.uri}: {len(done.withdrawn)} artefacts {verb} withdrawn, {done.reached} are needed or young"]
+    lines += [f"  {name}" for name in done.withdrawn]
+    lines += [f"  {files} files, {size} bytes {verb} deleted: {why}" for why, (files, size) in done.deleted.items()]
+    if done.blocked:
+        lines.append(f"  nothing is withdrawn while it cannot be told what is needed: {done.blocked}")
+    if done.waiting or (done.withdrawn and not done.dry_run):
+        lines.append(f"  the data of what was withdrawn goes with a vacuum that comes {options.older_than} later")
+    deleted = {reason: {"files": files, "bytes": size} for reason, (files, size) in done.deleted.items()}
+    return lines, {**asdict(done), "deleted": deleted}
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -1,4 +1,4 @@
-"""A listing against an index, in one partition and in many, against a model of dictionaries; and where names come from."""
+"""A listing against an index, in one partition and in many, against a dictionary; and where names come from."""
 
 import gzip
 import json

@@ -1,8 +1,13 @@
-"""Functions compiled by numba, without the interpreter's lock, for threads of our own."""
+"""Functions compiled by numba, without the interpreter's lock, for threads of our own; and those threads."""
 
-from collections.abc import Callable
-from typing import Any
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, no_type_check
 
+import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -15,6 +20,73 @@ def kernel(function: Callable[..., Any]) -> Any:
         if "no locator available" not in str(error):
             raise
         return njit(nogil=True)(function)
+
+
+# Threads
+
+
+_pool_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(cores(), thread_name_prefix="hashdist-scan")
+        return _pool
+
+
+def _forget_pool() -> None:
+    """A forked child has none of the parent's threads."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def spread(tasks: Iterable[Callable[[], Any]], threads: int) -> list[Any]:
+    """Results of the tasks, in order, by so many threads; this one is one of them and waits for none to start."""
+    todo = list(tasks)
+    results: list[Any] = [None] * len(todo)
+    numbers = itertools.count()
+
+    def work() -> None:
+        while (number := next(numbers)) < len(todo):
+            results[number] = todo[number]()
+
+    helpers = [_threads().submit(work) for _ in range(min(threads or cores(), len(todo)) - 1)]
+    work()
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
+    return results
+
+
+# Words of codes
+
+
+AS_BYTE, AS_U32, AS_ID = np.empty(0, np.uint8), np.empty(0, np.uint32), np.empty(0, np.int64)
+"""What `load` reads, by their type."""
+
+
+@intrinsic
+def load(_typing: Any, address: Any, index: Any, like: Any) -> Any:
+    """The word at `index` (in words of `like`'s type) from `address`, which need not be aligned."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        word = context.get_value_type(like.dtype)
+        base = builder.inttoptr(arguments[0], word.as_pointer())
+        return builder.load(builder.gep(base, [arguments[1]]), align=1)
+
+    return like.dtype(address, index, like), generate
 
 
 @intrinsic
@@ -30,3 +102,46 @@ def differing(_typing: Any, a: Any, b: Any) -> Any:
         return count if result == a else builder.zext(count, context.get_value_type(result))
 
     return result(a, b), generate
+
+
+@intrinsic
+def narrow(_typing: Any, value: Any, like: Any) -> Any:
+    """A small non-negative int64 in the type of `like`."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.trunc(arguments[0], context.get_value_type(like)) if like.bitwidth < 64 else arguments[0]
+
+    return like(value, like), generate
+
+
+@intrinsic
+def plus(_typing: Any, a: Any, b: Any) -> Any:
+    """a + b in their own type."""
+    return a(a, b), lambda _context, builder, _signature, arguments: builder.add(*arguments)
+
+
+@intrinsic
+def mark_below(_typing: Any, marks: Any, distance: Any, limit: Any) -> Any:
+    """`marks` with its highest bit set if distance < limit, all of one type: no comparison, no branch."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.or_(arguments[0], builder.sub(arguments[1], arguments[2]))
+
+    return marks(marks, distance, limit), generate
+
+
+@intrinsic
+def marked(_typing: Any, marks: Any) -> Any:
+    """Whether the highest bit is set."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.icmp_signed("<", arguments[0], context.get_constant(marks, 0))
+
+    return types.boolean(marks), generate
+
+
+@kernel
+@no_type_check
+def is_dead(dead, row):
+    """Whether the bit of a row is set in a bitmap, which is given by address; 0 = none is."""
+    return dead != 0 and (load(dead, row >> 3, AS_BYTE) >> (row & 7)) & 1 != 0

@@ -7,25 +7,19 @@ ascending order and (distance, row) is the order of results. So at most k rows o
 codes that are all equal, or of three kinds, cost no more than random ones.
 
 The kernels are compiled by numba without its own threads (its parallel mode aborts under concurrent callers) and
-release the GIL; work is spread over one pool of this module: rows over threads for few queries, queries over threads
-for many (histograms: always rows). Any number of Python threads may search at once.
+release the GIL; work is spread over one pool of threads (hashdist/kernel.py): rows over threads for few queries,
+queries over threads for many (histograms: always rows). Any number of Python threads may search at once.
 """
 
-import itertools
-import os
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from hashdist.errors import InvalidInput
-from hashdist.kernel import differing, kernel
+from hashdist.kernel import AS_ID, cores, differing, is_dead, kernel, load, mark_below, marked, narrow, plus, spread
 from hashdist.order import blocks
 
 _BLOCK = 512  # codes looked at together: 4 KiB of 64-bit codes
@@ -114,19 +108,21 @@ def nearest_of(parts: Sequence[Part], queries_QW: NDArray[np.uint8], k: int, *, 
     if not out.rows_QK.size:
         return out
     per_task = max(1, min(_QUERIES_PER_TASK, _BUFFER_BYTES // ((2 * k + _GROUP) * 10)))
-    ranges, batches = _split(rows, len(queries_QW), per_task, threads or _cores())
-    held = [_addressable(part) for part in parts]
-    words_Q = _words(queries_QW)
+    ranges, batches = _split(rows, len(queries_QW), per_task, threads or cores())
+    held = [addressable(part) for part in parts]
+    words_Q = in_words(queries_QW)
+
+    levels = 8 * queries_QW.shape[1] + 1
 
     def search(row_range: tuple[int, int], batch: tuple[int, int], into: Nearest) -> None:
         q = slice(*batch)
-        _nearest(_pieces(held, *row_range), words_Q[q], *_form(words_Q[q]), 8 * queries_QW.shape[1] + 1, *_cut(into, q))
+        _nearest(_pieces(held, *row_range), words_Q[q], *form_of(words_Q[q]), levels, *_cut(into, q))
 
     if len(ranges) == 1:
-        _spread([partial(search, ranges[0], batch, out) for batch in batches], threads)
+        spread([partial(search, ranges[0], batch, out) for batch in batches], threads)
         return out
     found = [_empty_nearest(len(queries_QW), k) for _ in ranges]
-    _spread([partial(search, r, b, f) for r, f in zip(ranges, found, strict=True) for b in batches], threads)
+    spread([partial(search, r, b, f) for r, f in zip(ranges, found, strict=True) for b in batches], threads)
     best = found[0]
     for other in found[1:]:
         best = merge(best, other, k)
@@ -162,16 +158,16 @@ def within_of(parts: Sequence[Part], queries_QW: NDArray[np.uint8], radius: int,
         raise InvalidInput(f"the radius must be at least 0, found {radius}")
     levels = min(radius, 8 * queries_QW.shape[1]) + 1
     rows = sum(len(part.codes_NW) for part in parts)
-    ranges, batches = _split(rows, len(queries_QW), _QUERIES_PER_TASK, threads or _cores())
-    held = [_addressable(part) for part in parts]
-    words_Q = _words(queries_QW)
+    ranges, batches = _split(rows, len(queries_QW), _QUERIES_PER_TASK, threads or cores())
+    held = [addressable(part) for part in parts]
+    words_Q = in_words(queries_QW)
 
     def search(row_range: tuple[int, int], batch: tuple[int, int]) -> Found:
         words = words_Q[slice(*batch)]
-        query, ids, distances = _within(_pieces(held, *row_range), words, *_form(words), levels)
+        query, ids, distances = _within(_pieces(held, *row_range), words, *form_of(words), levels)
         return Found(query + batch[0], ids, distances)
 
-    found = _spread([partial(search, r, b) for r in ranges for b in batches], threads)
+    found = spread([partial(search, r, b) for r in ranges for b in batches], threads)
     return ball(found, len(queries_QW), levels, threads=threads)
 
 
@@ -195,7 +191,7 @@ def ball(found: Sequence[Found], queries: int, levels: int, *, threads: int = 0)
         _put(*part, levels, place, rows, distances)
     groups = blocks(queries * levels, max(1, queries * levels // 16))
     if len(rows):
-        _spread(
+        spread(
             [partial(_sort, rows, starts[a : b + 1]) for a, b in groups], 1 if len(rows) < _SORTED_ALONE else threads
         )
     return Ball(starts[::levels].copy(), rows, distances)
@@ -232,7 +228,7 @@ def histograms(
             f"{len(codes_NW)} codes and {query_labels_QM.shape} for {len(queries_QW)} queries"
         )
     rows, width = codes_NW.shape
-    codes, words_Q = np.ascontiguousarray(codes_NW), _words(queries_QW)
+    codes, words_Q = np.ascontiguousarray(codes_NW), in_words(queries_QW)
     labels, query_labels = (np.require(m, np.uint64, ["C", "A", "W"]) for m in (labels_NM, query_labels_QM))
     mask = None if dead is None else np.ascontiguousarray(dead, np.uint8)
     hidden = 0 if mask is None else mask.ctypes.data
@@ -243,8 +239,8 @@ def histograms(
         _histogram(codes.ctypes.data, *row_range, words_Q, form, hidden, labels, query_labels, tile, counts)
         return counts
 
-    ranges = blocks(rows, max(_BLOCK, -(-rows // (threads or _cores())))) if rows else [(0, 0)]
-    counts: NDArray[np.int64] = sum(_spread([partial(count, r) for r in ranges], threads))
+    ranges = blocks(rows, max(_BLOCK, -(-rows // (threads or cores())))) if rows else [(0, 0)]
+    counts: NDArray[np.int64] = sum(spread([partial(count, r) for r in ranges], threads))
     counts[:, 0] += counts[:, 1]
     return counts
 
@@ -258,10 +254,7 @@ def bitmap(rows: NDArray[np.int64], n: int) -> NDArray[np.uint8] | None:
     return np.packbits(flags, bitorder="little")
 
 
-_AS_BYTE, _AS_ID = np.empty(0, np.uint8), np.empty(0, np.int64)
-
-
-def _addressable(part: Part) -> Part:
+def addressable(part: Part) -> Part:
     """The same with arrays that can be read by address."""
     codes_NW, ids_N, dead = part
     ids = None if ids_N is None else np.ascontiguousarray(ids_N, np.int64)
@@ -297,13 +290,13 @@ def _check(codes_NW: NDArray[np.uint8], queries_QW: NDArray[np.uint8]) -> None:
         raise InvalidInput(f"queries must have {8 * codes_NW.shape[1]} bits, found {8 * queries_QW.shape[1]}")
 
 
-def _words(queries_QW: NDArray[np.uint8]) -> NDArray[Any]:
+def in_words(queries_QW: NDArray[np.uint8]) -> NDArray[Any]:
     """The same bits in the widest words that divide a code; their type tells the kernels how to read codes."""
     word = next(size for size in (8, 4, 2, 1) if queries_QW.shape[1] % size == 0)
     return np.array(queries_QW, order="C").view(f"<u{word}")
 
 
-def _form(words_QX: NDArray[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def form_of(words_QX: NDArray[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What the kernels must know when they are compiled, as tuples whose lengths are part of their types.
 
     The first has one item per word of a code. The second is not empty if blocks are to be turned, so that each word
@@ -328,124 +321,30 @@ def _split(rows: int, queries: int, per_task: int, threads: int) -> tuple[list[t
     return list(blocks(rows, -(-rows // count))) if rows else [], batches
 
 
-# Threads
-
-
-_pool_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(_cores(), thread_name_prefix="hashdist-scan")
-        return _pool
-
-
-def _forget_pool() -> None:
-    """A forked child has none of the parent's threads."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def _spread(tasks: Iterable[Callable[[], Any]], threads: int) -> list[Any]:
-    """Results of the tasks, in order, by so many threads; this one is one of them and waits for none to start."""
-    todo = list(tasks)
-    results: list[Any] = [None] * len(todo)
-    numbers = itertools.count()
-
-    def work() -> None:
-        while (number := next(numbers)) < len(todo):
-            results[number] = todo[number]()
-
-    helpers = [_threads().submit(work) for _ in range(min(threads or _cores(), len(todo)) - 1)]
-    work()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
-    return results
-
-
 # Kernels. Codes are read by address, because a mapped file is neither aligned nor writable and every combination
 # would be compiled on its own; callers hold the arrays. An index into an array that the compiler cannot prove to be
 # non-negative would turn vector loads into gathers (numba's wrap-around), which addresses avoid as well.
 
 
-@intrinsic
-def _load(_typing: Any, address: Any, index: Any, like: Any) -> Any:
-    """The word at `index` (in words of `like`'s type) from `address`, which need not be aligned."""
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        word = context.get_value_type(like.dtype)
-        base = builder.inttoptr(arguments[0], word.as_pointer())
-        return builder.load(builder.gep(base, [arguments[1]]), align=1)
-
-    return like.dtype(address, index, like), generate
-
-
-@intrinsic
-def _narrow(_typing: Any, value: Any, like: Any) -> Any:
-    """A small non-negative int64 in the type of `like`."""
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.trunc(arguments[0], context.get_value_type(like)) if like.bitwidth < 64 else arguments[0]
-
-    return like(value, like), generate
-
-
-@intrinsic
-def _plus(_typing: Any, a: Any, b: Any) -> Any:
-    """a + b in their own type."""
-    return a(a, b), lambda _context, builder, _signature, arguments: builder.add(*arguments)
-
-
-@intrinsic
-def _mark_below(_typing: Any, marks: Any, distance: Any, limit: Any) -> Any:
-    """`marks` with its highest bit set if distance < limit, all of one type: no comparison, no branch."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.or_(arguments[0], builder.sub(arguments[1], arguments[2]))
-
-    return marks(marks, distance, limit), generate
-
-
-@intrinsic
-def _marked(_typing: Any, marks: Any) -> Any:
-    """Whether the highest bit is set."""
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.icmp_signed("<", arguments[0], context.get_constant(marks, 0))
-
-    return types.boolean(marks), generate
-
-
 @kernel
 @no_type_check
-def _distance(block, r, queries, q, form, turned):
+def distance_to(block, r, queries, q, form, turned):
+    """Distance of query q to code r of a block that starts at an address."""
     step, skip = (1, _BLOCK) if len(turned) else (len(form), 1)
-    total = differing(_load(block, r * step, queries), queries[q, 0])
+    total = differing(load(block, r * step, queries), queries[q, 0])
     for w in range(1, len(form)):
-        total = _plus(total, differing(_load(block, r * step + w * skip, queries), queries[q, w]))
+        total = plus(total, differing(load(block, r * step + w * skip, queries), queries[q, w]))
     return total
 
 
 @kernel
 @no_type_check
 def _any_below(block, start, stop, queries, q, form, turned, cut):
-    limit = _narrow(cut, differing(queries[q, 0], queries[q, 0]))
-    marks = _narrow(0, limit)
+    limit = narrow(cut, differing(queries[q, 0], queries[q, 0]))
+    marks = narrow(0, limit)
     for r in range(start, stop):
-        marks = _mark_below(marks, _distance(block, r, queries, q, form, turned), limit)
-    return _marked(marks)
+        marks = mark_below(marks, distance_to(block, r, queries, q, form, turned), limit)
+    return marked(marks)
 
 
 @kernel
@@ -456,14 +355,8 @@ def _open_block(codes, start, stop, like, form, turned, buffer):
         return codes, start
     for r in range(stop - start):
         for w in range(len(form)):
-            buffer[w, r] = _load(codes, (start + r) * len(form) + w, like)
+            buffer[w, r] = load(codes, (start + r) * len(form) + w, like)
     return buffer.ctypes.data, 0
-
-
-@kernel
-@no_type_check
-def _is_dead(dead, row):
-    return dead != 0 and (_load(dead, row >> 3, _AS_BYTE) >> (row & 7)) & 1 != 0
 
 
 @kernel
@@ -516,7 +409,7 @@ def _by_distance(distances, rows, have, levels, sorted_distances, sorted_ids, id
     for c in range(have):
         d = distances[c]
         sorted_distances[place[d]] = d
-        sorted_ids[place[d]] = _load(ids, rows[c], _AS_ID) if ids != 0 else rows[c]
+        sorted_ids[place[d]] = load(ids, rows[c], AS_ID) if ids != 0 else rows[c]
         place[d] += 1
 
 
@@ -556,9 +449,9 @@ def _nearest(pieces, queries, form, turned, levels, out_distances, out_ids, out_
                     if have + _GROUP > rows.shape[1]:
                         have = _drop_far(rows[q], distances[q], have, k, cut, near)
                     for r in range(group, end):
-                        d = np.int64(_distance(block, r, queries, q, form, turned))
+                        d = np.int64(distance_to(block, r, queries, q, form, turned))
                         row = start + r - first
-                        if d >= cut or _is_dead(dead, row):
+                        if d >= cut or is_dead(dead, row):
                             continue
                         rows[q, have] = row
                         distances[q, have] = d
@@ -637,12 +530,12 @@ def _within(pieces, queries, form, turned, levels):
                         found_ids = np.concatenate((found_ids, np.empty_like(found_ids)))
                         found_distances = np.concatenate((found_distances, np.empty_like(found_distances)))
                     for r in range(group, end):
-                        d = np.int64(_distance(block, r, queries, q, form, turned))
+                        d = np.int64(distance_to(block, r, queries, q, form, turned))
                         row = start + r - first
-                        if d >= levels or _is_dead(dead, row):
+                        if d >= levels or is_dead(dead, row):
                             continue
                         found_queries[held] = q
-                        found_ids[held] = _load(ids, row, _AS_ID) if ids != 0 else row
+                        found_ids[held] = load(ids, row, AS_ID) if ids != 0 else row
                         found_distances[held] = d
                         held += 1
     return found_queries[:held].copy(), found_ids[:held].copy(), found_distances[:held].copy()
@@ -687,10 +580,10 @@ def _open_tile(codes, row, row1, like, form, dead, labels, turned, turned_labels
     """
     held = 0
     while row < row1 and held < len(turned) * _BLOCK:
-        if not _is_dead(dead, row):
+        if not is_dead(dead, row):
             block, place = held // _BLOCK, held % _BLOCK
             for w in range(len(form)):
-                turned[block, w, place] = _load(codes, row * len(form) + w, like)
+                turned[block, w, place] = load(codes, row * len(form) + w, like)
             for m in range(labels.shape[1]):
                 turned_labels[block, m, place] = labels[row, m]
             held += 1
@@ -737,7 +630,7 @@ def _histogram(codes, row, row1, queries, form, dead, labels, query_labels, tile
             for start in range(0, held, _BLOCK):
                 block = turned[start // _BLOCK].ctypes.data
                 for r in range(_BLOCK):
-                    distance = np.uint64(_distance(block, r, queries, q, form, (0,)))
+                    distance = np.uint64(distance_to(block, r, queries, q, form, (0,)))
                     places[r] = (distance * np.uint64(_LANES) + np.uint64(r % _LANES)) * np.uint64(2)
                 _shares(turned_labels[start // _BLOCK], query_labels[q], places)
                 for r in range(min(_BLOCK, held - start)):

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from hashdist.index.engines import Engine, find_engine
 from hashdist.index.filters import Filter
 from hashdist.index.manifest import CONTENT, first, is_expired, resolve, rewritten, stamped, successor
 from hashdist.index.promotion import Gate
+from hashdist.index.radius import Use
 from hashdist.index.rerank import unit_rows
 from hashdist.index.seen import FOLDER, MOST_FILES, SEEN, SUFFIX, last_of_each, read_seen, write_seen
 from hashdist.index.view import Hits, Matches, View
@@ -248,14 +249,24 @@ class Index:
         where: Filter | str | None = None,
         *,
         engine: str | Engine = "scan",
+        tables: Use = "auto",
     ) -> Matches:
-        """Every image within a Hamming distance of `radius` of each code. Arguments and errors as in `search`."""
+        """Every image within a Hamming distance of `radius` of each code.
+
+        Args:
+            tables: whether the scan may be replaced by lookups in tables (hashdist/index/radius.py), where these are
+                faster: "auto" builds them once so many queries were asked that they pay, "on" at once, "off" never.
+
+        Other arguments and errors as in `search`.
+        """
+        if tables not in get_args(Use):
+            raise InvalidInput(f"tables must be auto, on or off, found {tables!r}")
         view, queries_QW, where, looked_at = self._view, self._codes(codes), _filter(where), find_engine(engine)
         if looked_at is not None and not looked_at.by_radius:
             raise InvalidInput(f"{engine} does not search by radius; use scan, multihash, faiss or torch")
         if not isinstance(radius, int | np.integer) or radius < 0:
             raise InvalidInput(f"the radius must be a whole number of at least 0, found {radius!r}")
-        return view.within(queries_QW, int(radius), where, looked_at)
+        return view.within(queries_QW, int(radius), where, looked_at, tables)
 
     def codes_of(self, keys: Sequence[str]) -> NDArray[np.uint8]:
         """The codes of these images, uint8 [N, L/8]. Raises NotFound for keys that are not in the index."""

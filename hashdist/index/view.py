@@ -18,6 +18,7 @@ from hashdist.errors import Corrupt, InvalidInput
 from hashdist.ids import image_ids
 from hashdist.index.engines import Engine
 from hashdist.index.filters import Filter, Searched, Selection, Selections
+from hashdist.index.radius import Use, tables_of, within_of
 from hashdist.index.rerank import features
 from hashdist.index.seen import last_of_each, read_seen
 from hashdist.prefetch import in_order
@@ -188,13 +189,21 @@ class View:
         return found
 
     def within(
-        self, queries_QW: NDArray[np.uint8], radius: int, where: Filter | None = None, engine: Engine | None = None
+        self,
+        queries_QW: NDArray[np.uint8],
+        radius: int,
+        where: Filter | None = None,
+        engine: Engine | None = None,
+        tables: Use = "auto",
     ) -> Matches:
-        """Every live row that matches within the radius of each query."""
+        """Every live row that matches within the radius of each query; `tables` as in `Index.search_within`."""
         if engine is not None:
             found = engine.within(self, queries_QW, radius, where)
         else:
-            found = scan.within_of(self._parts(where), queries_QW, radius)
+            parts = self._parts(where)
+            own = [part.codes_NW is shard.codes for part, shard in zip(parts, self.shards, strict=True)]
+            have = [tables_of(s, len(queries_QW), tables) if o else None for s, o in zip(self.shards, own, strict=True)]
+            found = within_of(parts, have, queries_QW, radius)
         return Matches(found.offsets, found.rows, found.distances, self)
 
     def _parts(self, where: Filter | None) -> list[scan.Part]:

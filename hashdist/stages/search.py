@@ -27,6 +27,7 @@ from hashdist.index import Index, Matches
 from hashdist.index.change import checked_keys, some
 from hashdist.index.engines import Engine, joined
 from hashdist.index.filters import Filter
+from hashdist.index.radius import Use
 from hashdist.index.rerank import PART
 from hashdist.index.view import View
 from hashdist.store.commit import Log, Version
@@ -136,10 +137,15 @@ class SpreadView(View):
         return reduce(lambda a, b: scan.merge(a, b, k), (scan.Nearest(*map(np.array, part)) for part in found))
 
     def within(
-        self, queries_QW: NDArray[np.uint8], radius: int, where: Filter | None = None, engine: Engine | None = None
+        self,
+        queries_QW: NDArray[np.uint8],
+        radius: int,
+        where: Filter | None = None,
+        engine: Engine | None = None,
+        tables: Use = "auto",
     ) -> Matches:
         """See View."""
-        balls = [scan.Ball(*part) for part in self._ask("within", ray.put(queries_QW), radius, where, engine)]
+        balls = [scan.Ball(*part) for part in self._ask("within", ray.put(queries_QW), radius, where, engine, tables)]
         return Matches(*joined(balls, len(queries_QW)), self)
 
     def keys_of(self, ids: NDArray[np.int64]) -> list[str]:
@@ -220,9 +226,10 @@ class _Searcher:
         radius: int,
         where: Filter | None,
         engine: Engine | None,
+        tables: Use,
     ) -> tuple[NDArray[Any], ...]:
         """The rows here within the radius: offsets, ids, distances."""
-        found = self._view(name, part).within(queries_QW, radius, where, engine)
+        found = self._view(name, part).within(queries_QW, radius, where, engine, tables)
         return found.offsets, found.ids, found.distances
 
     def take(self, name: str, part: list[Any], what: str, wanted: Any) -> tuple[NDArray[np.int64], Any]:

@@ -60,7 +60,7 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few hundred codes are cut into ranges as millions are."""
     monkeypatch.setattr(scan, "_ROWS_PER_TASK", 100)
     monkeypatch.setattr(scan, "_QUERIES_PER_TASK", 5)
-    monkeypatch.setattr(scan, "_cores", lambda: 3)
+    monkeypatch.setattr(scan, "cores", lambda: 3)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8, 12, 16, 20, 32, 33, 64, 127, 128])

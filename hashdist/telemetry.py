@@ -97,6 +97,10 @@ GATES = Metric("hashdist_index_gates_total", "counter", "Gates by outcome: passe
 INDEX_DEAD_ROWS = Metric("hashdist_index_dead_rows", "gauge", "Rows of that version that are deleted or replaced.")
 INDEX_SMALL_SHARDS = Metric("hashdist_index_small_shards", "gauge", "Small shards of that version.")
 COMPACTIONS = Metric("hashdist_index_compactions_total", "counter", "Compactions committed.")
+VACUUMED_FILES = Metric("hashdist_vacuumed_files_total", "counter", "Files deleted by vacuums.", ("reason",))
+VACUUMED_BYTES = Metric("hashdist_vacuumed_bytes_total", "counter", "Their bytes.", ("reason",))
+VERSIONS_KEPT = Metric("hashdist_index_versions_kept", "gauge", "Versions that can be opened, after the last vacuum.")
+FAULTS = Metric("hashdist_index_faults", "gauge", "Faults that the last verification found.")
 PURGED = Metric("hashdist_purged_rows_total", "counter", "Rows erased from all versions of indexes.")
 STORE_REQUESTS = Metric(
     "hashdist_store_requests_total", "counter", "Requests to stores, by operation, repeats included.", ("operation",)

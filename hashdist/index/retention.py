@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
+from hashdist import telemetry
 from hashdist.errors import AlreadyExists, Conflict, HashdistError, InvalidInput, NotFound
 from hashdist.index.manifest import (
     CONTENT,
@@ -215,14 +216,19 @@ def vacuum(
         return plans[-1].record()
 
     committed = index.transact(propose)
-    plan = plans[-1]
+    plan, spared = plans[-1], 0
     try:
         # after the commit, again: who has pinned by now is spared, who pins later sees that the version is expired
         deletable = look.deletable(plan, plan.pins.versions | read_pins(index.store, look.now_s).versions)
+        spared = len(plan.garbage) - len(deletable)
         done, failure = _delete(index.store, deletable)
     except HashdistError as error:
-        deletable, done, failure = [], [], str(error)
-    result = _result(plan, done, spared=len(plan.garbage) - len(deletable), unfinished=failure)
+        done, failure = [], str(error)
+    result = _result(plan, done, spared=spared, unfinished=failure)
+    telemetry.VERSIONS_KEPT.set(result.kept)
+    for reason, (count, size) in result.deleted.items():
+        telemetry.VACUUMED_FILES.inc(count, reason=reason)
+        telemetry.VACUUMED_BYTES.inc(size, reason=reason)
     return replace(result, version=committed or index.version)
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hashdist import telemetry
 from hashdist.errors import Corrupt, HashdistError, NotFound
 from hashdist.index.manifest import content, files, kept_numbers, rewritten
 from hashdist.index.searcher import Index
@@ -84,6 +85,7 @@ def verify(index: Index) -> Verified:
         ids = _check_files(_Copies(index.store, Path(folder)), named, found)
         _check_rows(contents, ids, found)
     found.faults.sort(key=lambda fault: (fault.file, fault.fault))
+    telemetry.FAULTS.set(len(found.faults))
     return found
 
 

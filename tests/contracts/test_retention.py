@@ -14,7 +14,7 @@ from index_world import Contents, codes_of, contents
 
 import hashdist
 from hashdist.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound, OutcomeUnknown, Unavailable
-from hashdist.index import Index, create_index, open_index, pins, retention, verification
+from hashdist.index import Index, compaction, create_index, erasure, open_index, pins, retention, verification
 from hashdist.index.manifest import content, files, is_expired
 from hashdist.index.view import View
 from hashdist.shards import parts, write_ids
@@ -76,7 +76,7 @@ def needed(index: Index) -> set[str]:
     """What the versions that can be opened name, worked out version by version."""
     head = open_index(index.uri).manifest
     numbers = [n for n in range(1, head["number"] + 1) if not is_expired(head, n)]
-    old = {e["path"] for n in numbers for e in files(content(index.versions.read(n).manifest))}
+    old = {entry["path"] for n in numbers for entry in files(content(open_index(index.uri, n).manifest))}
     return old | {entry["path"] for entry in files(head)}
 
 
@@ -766,3 +766,47 @@ def test_a_gap_in_the_log_is_a_fault(uri: str) -> None:
     index.store.delete("manifests/00000000000000000003.json")
     faults = verification.verify(index).faults
     assert [(f.versions, f.fault) for f in faults] == [(["3"], "the record is missing")]
+
+
+# With the other operations on the log
+
+
+def test_a_purge_that_was_killed_before_it_deleted_is_finished_by_a_vacuum(uri: str) -> None:
+    """At once, and whoever pins: what was erased is not to wait for an age."""
+    index = grown(uri)
+    calls = itertools.count()
+
+    def die(call: str) -> None:
+        if call == "delete" and next(calls) >= 0:
+            raise Crash(call)
+
+    with pytest.raises(Crash):
+        erasure.purge(Index(Log(FaultyStore(index.store, calls=die)), index.view.version), ["a"])
+    newest = open_index(uri)
+    assert newest.manifest["operation"] == "purge"
+    without = {number: {k: v for k, v in then.items() if k != "a"} for number, then in HISTORY.items()}
+    check(newest, {number: then for number, then in without.items() if number > 2}, set())
+    gone = set(newest.manifest["purge"]["delete"])
+    assert gone <= names(newest.store)
+    with retention.pinned(open_index(uri, 3)):
+        done = retention.vacuum(newest, 7 * DAY)
+    assert (done.expired, done.deleted["erased"][0]) == ([], len(gone))
+    assert not gone & names(newest.store)
+    assert verification.verify(newest).faults == []
+    check(newest, without, set())
+    retention.rollback(newest, 2)
+    assert contents(open_index(uri).view) == {"b": 2, "c": 3}
+    retention.vacuum(newest, 7 * DAY, clock=days_later(8))
+    assert contents(open_index(uri).view) == {"b": 2, "c": 3}
+    assert verification.verify(newest).faults == []
+
+
+def test_what_was_compacted_away_goes_when_it_is_old(uri: str) -> None:
+    index = grown(uri)
+    compaction.compact(index, everything=True)
+    done = retention.vacuum(index, 7 * DAY, clock=days_later(8))
+    assert done.expired == [1, 2, 3, 4, 5]
+    assert done.deleted["expired"][0] == 3 * 3 + 2
+    assert len(names(index.store)) == 3
+    check(index, HISTORY | {6: HISTORY[5]}, {1, 2, 3, 4, 5})
+    assert verification.verify(index).faults == []

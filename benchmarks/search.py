@@ -1,0 +1,363 @@
+"""Search through `open_index(...).search`, against faiss and the machine: one query, many, a batch, and by radius.
+
+    python benchmarks/search.py one many --bits 64 --rows 10000000
+    python benchmarks/search.py one --bits 32 128 256 --rows 10000000
+    python benchmarks/search.py collisions --bits 32 --rows 10000000
+    python benchmarks/search.py batch --rows 1000000 --batch 100000 --batch-k 1000 --runs 3
+    python benchmarks/search.py radius --rows 10000000 --features features.npz
+    python benchmarks/search.py degenerate --rows 10000000
+
+Every case builds an index of `--shards` shards (ids and keys are random, so ids of the shards lie between one
+another's) of which `--dead` of the rows are hidden by a tombstone, opens it, compiles the kernels, compares the first
+answers with faiss's, and then measures ours and the peers in turn, `--runs` times, on `--threads` threads. Peers:
+
+- one: faiss `IndexBinaryFlat` over the live codes, and reading the codes alone (exclusive or of their words, same
+  threads). A run is `--singles` queries, one after the other.
+- many: faiss; and a kernel that only counts differing bits and adds them up, one thread.
+- collisions: as many, of codes that occur `--collisions` times each in the mean.
+- batch: faiss.
+- radius: the same search with the tables off (the scan). Queries are stored codes with up to `--radius` bits turned, of
+  random codes and, with `--features` (an .npz of `x` [N, D]), of ITQ codes: the features, projected, are repeated with
+  normal noise of `--noise` of their own spread until there are as many. Build time and bytes of the tables are given.
+- degenerate: codes that are all equal, and three distinct ones, against random ones.
+
+Prints one JSON line per measurement: medians and [lowest, highest] of the runs in milliseconds, and ratios of runs that
+followed each other as [median, lowest, highest].
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hashdist import scan
+from hashdist.index import Index, create_index, open_index, radius
+from hashdist.index.manifest import stamped, successor
+from hashdist.index.view import View
+from hashdist.kernel import kernel, load
+from hashdist.methods import itq
+from hashdist.shards import Rows, write_ids, write_shard
+
+Codes = NDArray[np.uint8]
+Work = Callable[[], Any]
+_K = 100
+
+
+def main() -> None:
+    a = _arguments()
+    faiss.omp_set_num_threads(a.threads)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: a.threads])
+    with tempfile.TemporaryDirectory(prefix="hashdist-search-", dir=a.folder) as folder:
+        os.environ["HASHDIST_CACHE"] = f"{folder}/cache"
+        for bits in a.bits:
+            for case in a.cases:
+                for line in CASES[case](a, bits, Path(folder)):
+                    about = {"benchmark": "search", "case": case, "bits": bits, "shards": a.shards, "dead": a.dead}
+                    print(json.dumps({**about, "threads": a.threads, "runs": a.runs, **line}), flush=True)
+
+
+def one(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
+    codes = _random(a.rows, bits)
+    index, live, queries = _index(a, codes, folder), _flat(_live(codes, a)), _random(a.singles, bits, seed=2)
+    _check(index, live, queries, _K)
+    each = [queries[q : q + 1] for q in range(len(queries))]
+    times = _in_turn(
+        a,
+        ours=lambda: [index.search(query, _K) for query in each],
+        faiss=lambda: [live.search(query, _K) for query in each],
+        read=lambda: [_read(index, a.threads) for _ in each],
+    )
+    times = {name: [seconds / len(each) for seconds in own] for name, own in times.items()}
+    yield {
+        "rows": a.rows, "queries": 1, "k": _K, **_milliseconds(times),
+        "times_as_fast_as_faiss": _ratios(times, "faiss"),
+        "read_gb_per_s": round(codes.nbytes / statistics.median(times["read"]) / 1e9, 2),
+        "share_of_read_bandwidth": _ratios(times, "read"),
+    }  # fmt: skip
+
+
+def many(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
+    yield _many(a, _random(a.rows, bits), _random(a.queries, bits, seed=2), folder)
+
+
+def collisions(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
+    distinct = _random(max(1, int(a.rows / a.collisions)), bits)
+    drawn = np.random.default_rng(3).integers(0, len(distinct), a.rows + a.queries)
+    codes = distinct[drawn]
+    line = _many(a, codes[: a.rows], codes[a.rows :], folder)
+    yield {"rows_per_distinct_code": round(a.rows / len(np.unique(drawn[: a.rows])), 2), **line}
+
+
+def _many(a: argparse.Namespace, codes: Codes, queries: Codes, folder: Path) -> dict[str, Any]:
+    index, live = _index(a, codes, folder), _flat(_live(codes, a))
+    _check(index, live, queries[:8], _K)
+    words = scan.in_words(queries)
+    part = np.ascontiguousarray(codes[: max(1, a.rows // 16)])
+    count = partial(_count_only, part.ctypes.data, len(part), words, (0,) * words.shape[1])
+    count()
+    times = _in_turn(
+        a, ours=lambda: index.search(queries, _K), faiss=lambda: live.search(queries, _K), count_only=count
+    )
+    pairs, counted = a.rows * len(queries), len(part) * len(queries)
+    return {
+        "rows": a.rows, "queries": len(queries), "k": _K, **_milliseconds(times),
+        "times_as_fast_as_faiss": _ratios(times, "faiss"),
+        "codes_per_s_per_core": round(pairs / statistics.median(times["ours"]) / a.threads),
+        "codes_per_s_per_core_of_counting_alone": round(counted / statistics.median(times["count_only"])),
+    }  # fmt: skip
+
+
+def batch(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
+    codes, queries = _random(a.rows, bits), _random(a.batch, bits, seed=2)
+    index, live = _index(a, codes, folder), _flat(_live(codes, a))
+    _check(index, live, queries[:8], a.batch_k)
+    times = _in_turn(a, ours=lambda: index.search(queries, a.batch_k), faiss=lambda: live.search(queries, a.batch_k))
+    yield {
+        "rows": a.rows, "queries": a.batch, "k": a.batch_k, **_milliseconds(times),
+        "times_as_fast_as_faiss": _ratios(times, "faiss"),
+    }  # fmt: skip
+
+
+def by_radius(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
+    kinds = {"random": lambda: _random(a.rows, bits)}
+    if a.features:
+        kinds["itq"] = lambda: _trained(a, bits)
+    for kind, codes_of in kinds.items():
+        codes = codes_of()
+        index = _index(a, codes, folder)
+        started = time.perf_counter()
+        index.search_within(codes[:1], a.radius, tables="on")
+        build = time.perf_counter() - started
+        held = [radius.tables_of(shard, 0, "on") for shard in index.view.shards]
+        for count in (1, a.queries):
+            runs = [_near(codes, count, a.radius, seed) for seed in range(a.singles if count == 1 else 1)]
+            for queries in runs:
+                with_tables, scanned = (index.search_within(queries, a.radius, tables=use) for use in ("on", "off"))
+                np.testing.assert_array_equal(with_tables.ids, scanned.ids)
+            times = _in_turn(
+                a,
+                ours=lambda: [index.search_within(queries, a.radius, tables="on") for queries in runs],  # noqa: B023
+                scan=lambda: [index.search_within(queries, a.radius, tables="off") for queries in runs],  # noqa: B023
+            )
+            times = {name: [seconds / len(runs) for seconds in own] for name, own in times.items()}
+            found = sum(len(index.search_within(queries, a.radius).ids) for queries in runs)
+            yield {
+                "codes": kind, "rows": a.rows, "distinct_codes": len(np.unique(_whole(codes))), "queries": count,
+                "radius": a.radius, "found_per_query": round(found / (count * len(runs)), 2), **_milliseconds(times),
+                "times_as_fast_as_scan": _ratios(times, "scan"), "build_s": round(build, 3),
+                "tables_bytes": sum(table.data.nbytes for table in held if table), "codes_bytes": codes.nbytes,
+            }  # fmt: skip
+
+
+def degenerate(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
+    random = _random(a.rows, bits)
+    drawn = np.random.default_rng(3).integers(0, 3, a.rows)
+    kinds = {"random": random, "equal": random[:1].repeat(a.rows, axis=0), "three": random[drawn]}
+    indexes = {kind: _index(a, codes, folder) for kind, codes in kinds.items()}
+    for count in (1, a.queries):
+        queries = _random(count, bits, seed=2)
+        works: dict[str, Work] = {
+            kind: partial(_repeat, partial(index.search, queries, _K), a.singles if count == 1 else 1)
+            for kind, index in indexes.items()
+        }
+        times = _in_turn(a, **works)
+        for kind in ("equal", "three"):
+            yield {
+                "codes": kind, "rows": a.rows, "queries": count, "k": _K, **_milliseconds(times),
+                "time_over_that_of_random": _ratios(times, kind, "random"),
+            }  # fmt: skip
+
+
+CASES: dict[str, Callable[[argparse.Namespace, int, Path], Iterator[dict[str, Any]]]] = {
+    "one": one, "many": many, "collisions": collisions, "batch": batch, "radius": by_radius, "degenerate": degenerate,
+}  # fmt: skip
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", choices=CASES)
+    parser.add_argument("--bits", type=int, nargs="+", default=[64])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--queries", type=int, default=256)
+    parser.add_argument("--singles", type=int, default=10, help="single queries in a run")
+    parser.add_argument("--batch", type=int, default=10_000)
+    parser.add_argument("--batch-k", type=int, default=1000)
+    parser.add_argument("--collisions", type=float, default=10.0)
+    parser.add_argument("--radius", type=int, default=2)
+    parser.add_argument("--features", type=Path)
+    parser.add_argument("--noise", type=float, default=0.2)
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--dead", type=float, default=0.01)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--folder", help="where the indexes are written; a temporary folder by default")
+    return parser.parse_args()
+
+
+# Codes and indexes
+
+
+def _random(rows: int, bits: int, seed: int = 1) -> Codes:
+    return np.random.default_rng(seed).integers(0, 256, (rows, bits // 8), dtype=np.uint8)
+
+
+def _trained(a: argparse.Namespace, bits: int) -> Codes:
+    """ITQ codes of the features, repeated with noise."""
+    rng = np.random.default_rng(4)
+    features = np.load(a.features)["x"].astype(np.float32)
+    rotated = itq.fit(features, bits, 0)(features)
+    spread = np.sqrt((rotated**2).mean()) * a.noise
+    made = [np.packbits(rotated >= 0, axis=1, bitorder="little")]
+    while sum(map(len, made)) < a.rows:
+        noisy = rotated + rng.standard_normal(rotated.shape, np.float32) * spread
+        made.append(np.packbits(noisy >= 0, axis=1, bitorder="little"))
+    codes: Codes = np.concatenate(made)[: a.rows]
+    return codes[rng.permutation(a.rows)]
+
+
+def _near(codes: Codes, count: int, most: int, seed: int) -> Codes:
+    """Stored codes with up to so many bits turned."""
+    rng = np.random.default_rng(10 + seed)
+    queries = codes[rng.integers(0, len(codes), count)]
+    for q in range(count):
+        for bit in rng.integers(0, 8 * codes.shape[1], rng.integers(0, most + 1)):
+            queries[q, bit >> 3] ^= 1 << (bit & 7)
+    return queries
+
+
+def _dead(a: argparse.Namespace) -> NDArray[np.int64]:
+    return np.sort(np.random.default_rng(5).permutation(a.rows)[: int(a.dead * a.rows)])
+
+
+def _live(codes: Codes, a: argparse.Namespace) -> Codes:
+    return np.delete(codes, _dead(a), axis=0)
+
+
+def _index(a: argparse.Namespace, codes: Codes, folder: Path) -> Index:
+    """An index of these codes in a new folder, written and committed as the index stage does, then opened."""
+    index = create_index(tempfile.mkdtemp(dir=folder), 8 * codes.shape[1])
+    ids = np.unique(np.random.default_rng(6).integers(0, 1 << 62, 2 * len(codes)))
+    ids = np.random.default_rng(7).permutation(ids)[: len(codes)]
+    names, shards = index.versions.new_attempt(), []
+    for number in range(a.shards):
+        rows = slice(number * len(codes) // a.shards, (number + 1) * len(codes) // a.shards)
+        keys = pa.array(ids[rows]).cast(pa.string())
+        part = Rows(ids[rows], codes[rows], keys, pa.table({}))
+        shards.append(write_shard(index.store, partial(names.new, "shards"), part))
+    index.publish(shards, bits=index.bits, salts={}, model="benchmark", model_uri="", lineage={})
+    gone = np.sort(ids[_dead(a)])
+    if len(gone):
+        entry = write_ids(index.store, index.versions.new_attempt().new("tombstones", ".npy"), gone)
+
+        def hide(view: View, _tried: int) -> dict[str, Any]:
+            tombstones = stamped([entry], view.number + 1)
+            return successor(view.version, "delete", {"tombstones": tombstones, "rows": len(codes) - len(gone)})
+
+        index.transact(hide)
+    return open_index(index.uri)
+
+
+def _flat(codes: Codes) -> Any:
+    index = faiss.IndexBinaryFlat(8 * codes.shape[1])
+    index.add(codes)
+    return index
+
+
+def _check(index: Index, flat: Any, queries: Codes, k: int) -> None:
+    np.testing.assert_array_equal(index.search(queries, k).distances, np.sort(flat.search(queries, k)[0], axis=1))
+
+
+def _whole(codes: Codes) -> NDArray[Any]:
+    return np.ascontiguousarray(codes).view(f"V{codes.shape[1]}").ravel()
+
+
+# Peers
+
+
+@kernel
+def _xor(address, words, like):  # type: ignore[no-untyped-def]
+    total = np.uint64(0)
+    for w in range(words):
+        total ^= load(address, w, like)
+    return total
+
+
+@kernel
+def _count_only(codes, rows, queries, form):  # type: ignore[no-untyped-def]
+    total = np.uint64(0)
+    for start in range(0, rows, 512):
+        for q in range(len(queries)):
+            for r in range(start, min(start + 512, rows)):
+                total += np.uint64(scan.distance_to(codes, r, queries, q, form, ()))
+    return total
+
+
+_WORDS = np.empty(0, np.uint64)
+_pool: list[ThreadPoolExecutor] = []
+
+
+def _read(index: Index, threads: int) -> int:
+    """Read the codes of all shards, each thread its share of the bytes."""
+    if not _pool:
+        _pool.append(ThreadPoolExecutor(threads))
+    arrays = [shard.codes for shard in index.view.shards]
+
+    def share(number: int) -> int:
+        total = 0
+        for array in arrays[number::threads]:
+            total ^= int(_xor(array.ctypes.data, array.nbytes // 8, _WORDS))
+        return total
+
+    return sum(_pool[0].map(share, range(threads)))
+
+
+# Time
+
+
+def _repeat(work: Work, times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+def _in_turn(a: argparse.Namespace, **works: Work) -> dict[str, list[float]]:
+    """Seconds of every run of each, one after the other; the first of each is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for run in range(a.runs + 1):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if run:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def _milliseconds(times: dict[str, list[float]]) -> dict[str, Any]:
+    def shown(values: list[float]) -> list[float]:
+        return [round(1e3 * value, 3) for value in values]
+
+    return {
+        f"{name}_ms": {"median": shown([statistics.median(own)])[0], "range": shown([min(own), max(own)])}
+        for name, own in times.items()
+    }
+
+
+def _ratios(times: dict[str, list[float]], peer: str, own: str = "ours") -> list[float]:
+    """Time of the peer over our own, run by run: median, lowest, highest."""
+    ratios = [b / a for a, b in zip(times[own], times[peer], strict=True)]
+    return [round(value, 2) for value in (statistics.median(ratios), min(ratios), max(ratios))]
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from hashdist.backbones import build_backbone
 from hashdist.index import Index, create_index, open_index
 from hashdist.methods.contract import find_method, method_settings
 from hashdist.model import describe
-from hashdist.settings import CollectionSettings, FeatureSettings, IndexSettings, Settings
+from hashdist.settings import CollectionSettings, FeatureSettings, GateSettings, IndexSettings, Settings
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, write_file
 
@@ -59,6 +59,7 @@ def settings_of(root: str, images: Any, **collection: Any) -> Settings:
         root=root,
         collection=CollectionSettings(uri=str(images), **collection),
         index=IndexSettings(name="photos"),
+        gate=GateSettings(lost_rows=1.0),  # so few rows that any loss is large
     )
 
 

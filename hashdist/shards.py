@@ -85,24 +85,35 @@ def write_shard(store: Store, new_name: Callable[[str], str], rows: Rows) -> dic
         raise InvalidInput(f"every row of a shard must have its own id, found {int((np.diff(ids) == 0).sum())} twice")
     if not len(ids) == len(rows.codes) == len(rows.keys):
         raise InvalidInput(f"{len(ids)} ids need as many codes and keys, found {len(rows.codes)} and {len(rows.keys)}")
-    count = len(ids)
-    keys = _chunked(rows.keys).cast(pa.large_string()).take(order)
-    base = new_name("")
-    written = {
-        "codes": write_file(store, base + SUFFIXES["codes"], faiss_flat(rows.codes[order]), count),
-        "ids": write_file(store, base + SUFFIXES["ids"], _npy(ids), count),
-        "keys": write_file(store, base + SUFFIXES["keys"], keyfile.encoded(keys), count),
-    }
-    if rows.columns.num_columns:
-        if len(rows.columns) != count:
-            raise InvalidInput(f"columns must have {count} rows like the codes, found {len(rows.columns)}")
-        columns = _ipc(rows.columns.take(order))
-        written["columns"] = write_file(store, base + SUFFIXES["columns"], columns, count)
-    for part, array in rows.arrays.items():
-        if len(array) != count:
-            raise InvalidInput(f"{part} must have {count} rows like the codes, found {len(array)}")
-        written[part] = write_file(store, base + SUFFIXES[part], _npy(array[order]), count)
-    return packed({"rows": count, "first_id": int(ids[0]), "last_id": int(ids[-1])}, written)
+    for part, table in {"columns": rows.columns, **rows.arrays}.items():
+        if len(table) != len(ids) and (part != "columns" or rows.columns.num_columns):
+            raise InvalidInput(f"{part} must have {len(ids)} rows like the codes, found {len(table)}")
+
+    def made() -> Iterator[tuple[str, bytes | memoryview]]:
+        yield "codes", faiss_flat(rows.codes[order])
+        yield "ids", npy(ids)
+        yield "keys", keyfile.encoded(_chunked(rows.keys).cast(pa.large_string()).take(order))
+        if rows.columns.num_columns:
+            yield "columns", ipc(rows.columns.take(order))
+        for part, array in rows.arrays.items():
+            yield part, npy(array[order])
+
+    return write_parts(store, new_name(""), ids, made())
+
+
+def write_parts(
+    store: Store, base: str, ids: NDArray[np.int64], made: Iterable[tuple[str, bytes | memoryview]]
+) -> dict[str, Any]:
+    """Write the files of a shard one after the other, as they are made; returns its entry.
+
+    Args:
+        store: folder of the index.
+        base: a fresh name.
+        ids: of the rows, ascending.
+        made: part and content of each file: codes, ids and keys at least.
+    """
+    written = {part: write_file(store, base + SUFFIXES[part], data, len(ids)) for part, data in made}
+    return packed({"rows": len(ids), "first_id": int(ids[0]), "last_id": int(ids[-1])}, written)
 
 
 def packed(about: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -153,7 +164,7 @@ def _header(rows: int, width: int) -> bytes:
 
 def write_ids(store: Store, name: str, ids: NDArray[np.int64]) -> dict[str, Any]:
     """Write a file of ids (of a tombstone); returns its entry."""
-    return write_file(store, name, _npy(ids), len(ids))
+    return write_file(store, name, npy(ids), len(ids))
 
 
 _parsing = threading.Lock()
@@ -324,13 +335,14 @@ def _chunked(keys: Sequence[str] | pa.ChunkedArray | pa.Array) -> pa.ChunkedArra
     return keys if isinstance(keys, pa.ChunkedArray | pa.Array) else pa.array(keys, pa.large_string())
 
 
-def _npy(array: NDArray[Any]) -> bytes:
+def npy(array: NDArray[Any]) -> bytes:
+    """The bytes of a .npy file."""
     sink = io.BytesIO()
     np.save(sink, array)
     return sink.getvalue()
 
 
-def _ipc(table: pa.Table) -> memoryview:
+def ipc(table: pa.Table) -> memoryview:
     """One record batch, so that taking rows reads only these."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:

@@ -2,7 +2,7 @@
 
 The four steps are in hashdist/stages/reindex.py. Here stands what surrounds them: the plan, the way of encoding (in
 this process, or through Ray for many images), the gate and the drift watch before the commit, compaction after it, and
-what is printed. Ray is imported only where it is needed.
+what is printed. Ray and torch are imported only where they are needed: a cron that finds nothing new needs neither.
 """
 
 import importlib
@@ -11,17 +11,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hashdist import gate, telemetry
+from hashdist import telemetry
 from hashdist.collections import KIND, subset
 from hashdist.errors import Conflict, InvalidInput
 from hashdist.index import Applied, compaction, drift, open_index
-from hashdist.model import Model, load_model
 from hashdist.progress import say
 from hashdist.schema import OK, from_vectors
 from hashdist.settings import ReindexOptions, Settings
@@ -30,6 +29,9 @@ from hashdist.stages import reindex as stage
 from hashdist.stages.reindex import Costs, Found, Outcome
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, open_artefact, read_table
+
+if TYPE_CHECKING:
+    from hashdist.model import Model
 
 _TRIES = 3  # runs from the start, where another writer changed what this one had built upon
 
@@ -114,7 +116,7 @@ class _Run:
         if first is None:
             return None
         with self.costs.of("model"):
-            self.model = load_model(str(self.index.model_uri))
+            self.model = importlib.import_module("hashdist.model").load_model(str(self.index.model_uri))
             self.model.encode_readable([])  # opens the backbone
             self.model.encode_features(np.empty((0, self.model.width), np.float32))  # opens the head
         started = time.perf_counter()
@@ -191,7 +193,7 @@ class _Run:
             say(found_drift["text"])
         self.lineage["drift"] = found_drift
         self.result |= {"drift": found_drift, "retrain_recommended": found_drift["retrain_recommended"]}
-        checks = gate.for_growth(self.settings, self.index, self.codes)
+        checks = importlib.import_module("hashdist.gate").for_growth(self.settings, self.index, self.codes)
         return stage.commit(self.index, found, self.outcome, vocabulary=self.vocabulary, gate=checks, **self.lineage)
 
     def _compact(self) -> str | None:

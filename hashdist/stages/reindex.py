@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +47,6 @@ from hashdist.index.promotion import Gate
 from hashdist.index.seen import FOLDER, SEEN, SOURCES_SUFFIX, last_of_each, read_sources, write_sources
 from hashdist.index.view import View
 from hashdist.inventory import LISTED
-from hashdist.model import NOT_FINITE, Model
 from hashdist.prefetch import in_order
 from hashdist.schema import OK
 from hashdist.settings import CollectionSettings, ReindexOptions, Settings
@@ -67,6 +66,9 @@ from hashdist.store import Entry, Store
 from hashdist.store.commit import open_artefact
 from hashdist.telemetry import NO_TRAFFIC, Traffic
 
+if TYPE_CHECKING:  # brings torch with it, which a listing does without
+    from hashdist.model import Model
+
 COLUMNS = ["digest", "labels", "size", "stamp"]
 """What a row keeps beside code, id and key."""
 
@@ -76,6 +78,7 @@ KNOWN = pa.schema([("digest", pa.string()), ("size", pa.int64()), ("stamp", pa.s
 SAMPLE = 32
 """Images that are encoded first, to tell how long the others will take."""
 
+_NOT_FINITE = "not-finite"
 _SAMPLED_KEYS = 4096
 _SCANS = 4  # units of parquet files or tars read at once
 _AT_ONCE = 8192  # rows of the difference as Python values at a time
@@ -399,8 +402,9 @@ class Outcome:
 
     def bad(self, row: Row, digest: str | None, reason: str) -> None:
         """An image that no code can be made of."""
-        self.failed[reason.partition(":")[0]] += 1
-        self._note(row, digest, UNUSABLE if reason == NOT_FINITE else UNREADABLE, reason)
+        slug = reason.partition(":")[0]
+        self.failed[slug] += 1
+        self._note(row, digest, UNUSABLE if slug == _NOT_FINITE else UNREADABLE, reason)
 
     def _note(self, row: Row, digest: str | None, status: str, reason: str | None) -> None:
         about = {name: row[name] for name in ("id", "key", "size", "stamp")}
@@ -463,7 +467,7 @@ def _from_files(reader: Reader | None, rows: pa.Table) -> Iterator[tuple[Row, by
         yield from zip(here.to_pylist(), reader.read(here.select(SCANNED.names)), strict=True)
 
 
-def encode(model: Model, images: Iterable[tuple[Row, bytes]], outcome: Outcome, *, features: bool) -> int:
+def encode(model: "Model", images: Iterable[tuple[Row, bytes]], outcome: Outcome, *, features: bool) -> int:
     """Encode images in this process; returns how many. A code is the same bits as the stages' own (decision S10)."""
     rows: list[Row] = []
 

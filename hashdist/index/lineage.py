@@ -116,6 +116,7 @@ def vacuum_artefacts(
     reached = look.reached(keep, [*look.indexes(), *also])
     found = Withdrawn(reached=len(reached & set(look.artefacts)), blocked=look.blocked(), dry_run=dry_run)
     steps = look.swept_data() + look.swept_runs()
+    steps += [_Step("unfinished", entry) for entry in root.abandoned() if look.is_old(entry.modified)]
     for name, folder in look.artefacts.items():
         if name not in reached and folder.records and look.is_old(folder.newest) and not found.blocked:
             found.withdrawn.append("/".join(name))

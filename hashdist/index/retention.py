@@ -307,6 +307,7 @@ class _Look:
         revoked = set(head.manifest.get("revoked", ()))
         dead = [a for a, entries in unnamed.items() if a in revoked or all(map(self._is_old_file, entries))]
         garbage += [_Garbage(UNFINISHED, e) for a in dead for e in unnamed[a] if self._is_old_file(e)]
+        garbage += [_Garbage(UNFINISHED, e) for e in self._log.store.abandoned() if self._is_old_file(e)]
         garbage += [_Garbage(PINS, entry) for entry in pins.over]
         revoke = sorted(set(dead) - revoked)
         return _Plan(head, keep, expire, revoke, garbage, pins, self._older_than_s, self._foreign)

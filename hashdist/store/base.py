@@ -90,6 +90,10 @@ class Store(ABC):
     def delete(self, name: str) -> None:
         """Remove an object; one that is not there is fine."""
 
+    def abandoned(self) -> Iterator[Entry]:
+        """What writes that were cut short have left, which no listing shows; nothing where the store sees to that."""
+        return iter(())
+
     @abstractmethod
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """For bulk data: a pyarrow file system and the path of this store inside it."""

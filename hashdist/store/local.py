@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from hashdist.store.base import Entry, Exists, Store, checked_name
 TEMPORARY = ".hashdist-tmp-"
 """Prefix of a file that is being written; listings never show one. A killed writer leaves it behind, and it may go."""
 
+_ATTEMPT = re.compile("[0-9a-f]{32}")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}  # file systems that order such changes themselves
 _USERS_FAULT = {
@@ -91,8 +93,21 @@ class LocalStore(Store):
     def delete(self, name: str) -> None:
         """See Store."""
         telemetry.count_request("delete")
+        path = self.local_path(name)
         with _writing(self.uri, name):
-            self.local_path(name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        if _ATTEMPT.fullmatch(path.parent.name):  # one writer's folder, which nobody else will write to
+            with suppress(OSError):
+                path.parent.rmdir()
+
+    def abandoned(self) -> Iterator[Entry]:
+        """See Store: files that were being written."""
+        for folder, _, names in os.walk(self._folder):
+            for name in names:
+                if name.startswith(TEMPORARY):
+                    path = Path(folder, name)
+                    with suppress(FileNotFoundError):
+                        yield _entry(path.relative_to(self._folder).as_posix(), path.stat())
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """See Store. Raises AlreadyExists for a name in use: nothing is ever overwritten."""

@@ -263,7 +263,7 @@ def _answer(response: Any, what: str, writes: bool) -> HashdistError:
         return _PastTheEnd(text)
     if code == "PreconditionFailed" or status == 412:
         return Exists(text)
-    if code in ("ConditionalRequestConflict", "OperationAborted") or status == 409:
+    if code in ("ConditionalRequestConflict", "OperationAborted", "Conflict", "409"):  # "409": no code was given
         return Contended(text)
     if code in ("NotImplemented", "InvalidArgument", "InvalidRequest"):
         return InvalidInput(f"{text}; this server does not know a request that hashdist needs (If-None-Match on PUT)")

@@ -415,6 +415,18 @@ def test_what_a_writer_left_over_when_it_came_second_is_collected(uri: str, monk
     assert contents(open_index(uri).view) == {"a": 3, "x": 6, "y": 7}
 
 
+def test_what_a_killed_writer_had_half_written_on_disk_is_collected(tmp_path: Path) -> None:
+    index = replaced(str(tmp_path / "index"))
+    half = tmp_path / "index" / "shards" / ("b" * 32) / ".hashdist-tmp-1"
+    half.parent.mkdir()
+    half.write_bytes(b"123")
+    assert retention.vacuum(index, 7 * DAY, clock=days_later(6)).deleted == {}
+    done = retention.vacuum(index, 7 * DAY, clock=days_later(8))
+    assert (done.deleted["unfinished"], done.revoked) == ([1, 3], [])
+    folders = {path.name for path in (tmp_path / "index" / "shards").iterdir()}
+    assert folders == {name.split("/")[1] for name in needed(index) if name.startswith("shards/")}, "none is empty"
+
+
 def test_a_dropped_candidate_ages_from_when_it_was_dropped(uri: str) -> None:
     index = replaced(uri)
     entry = write_file(index.store, f"salts/{'c' * 32}/x.json", b"{}")

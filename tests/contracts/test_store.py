@@ -404,6 +404,7 @@ def test_an_answer_cut_short_is_asked_for_again(
         (412, "PreconditionFailed", Exists, Exists),
         (409, "ConditionalRequestConflict", Contended, Contended),
         (409, "OperationAborted", Contended, Contended),
+        (409, "409", Contended, Contended),
         (409, "BucketNotEmpty", InvalidInput, InvalidInput),
         (404, "NoSuchKey", NotFound, NotFound),
         (404, "NoSuchBucket", InvalidInput, InvalidInput),

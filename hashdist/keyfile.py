@@ -77,6 +77,8 @@ class KeyFile:
 
     def take(self, rows: NDArray[np.int64]) -> list[str]:
         """The keys of some rows. Raises Corrupt, NotFound, Unavailable."""
+        if not len(rows):
+            return []
         batches, within = np.divmod(rows, BATCH_ROWS)
         distinct = np.unique(batches)
         read = self._by_ranges(distinct) or [self._mapped().get_batch(int(batch)) for batch in distinct]

@@ -10,7 +10,7 @@ from faults import Crash, FaultyStore
 
 from hashdist.errors import AlreadyExists, Conflict, NotFound, OutcomeUnknown, Refused, Unavailable
 from hashdist.index import Index
-from hashdist.index.manifest import attempt_of, files, is_expired, rewritten
+from hashdist.index.manifest import attempt_of, content, files, is_expired, rewritten
 from hashdist.index.view import View
 from hashdist.store import Store, open_store
 from hashdist.store.commit import Log, Version
@@ -147,7 +147,7 @@ class IndexWorld:
         head = self.newest().view
         needed = {entry["path"] for entry in files(head.manifest)}
         for number in self.kept():
-            needed |= {entry["path"] for entry in files(self.version(number, head).manifest)}
+            needed |= {entry["path"] for entry in files(content(self.version(number, head).manifest))}
         there = {entry.name for entry in self.store.list() if not entry.name.startswith(("manifests/", "pins/"))}
         assert needed <= there, "a file that is needed is gone"
         assert all(len(attempt_of(name)) == 32 for name in there)

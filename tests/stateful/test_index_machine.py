@@ -1,10 +1,12 @@
 """Histories of an index with every kind of fault, against a dict: nothing lost, nothing torn, no version half there."""
 
+import atexit
 import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -105,10 +107,12 @@ def world(folder: Path) -> IndexWorld:
     return IndexWorld(open_store(uri), {1: {}})
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> IndexWorld:
-    """An index with a history: shards, changed rows, removed rows, a tag, a candidate."""
-    made = world(tmp_path_factory.mktemp("filled"))
+@cache
+def filled() -> IndexWorld:
+    """An index with a history: shards, changed rows, removed rows, a tag, a candidate. To be copied."""
+    folder = Path(tempfile.mkdtemp(prefix="hashdist-filled-"))
+    atexit.register(shutil.rmtree, folder)
+    made = world(folder)
     clean = FaultyStore(made.store)
     for operation, effect in (
         put({"a": 1, "b": 2, "c": 3}),
@@ -144,13 +148,11 @@ ONCE = {"untag", "promote", "discard"}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_crash_at_any_call_leaves_all_or_nothing_and_a_second_run_finishes(
-    name: str, filled: IndexWorld, tmp_path: Path
-) -> None:
+def test_a_crash_at_any_call_leaves_all_or_nothing_and_a_second_run_finishes(name: str, tmp_path: Path) -> None:
     operation, effect = OPERATIONS[name]
     hit: set[int] = set()
     for crash_at in itertools.count():
-        made = filled.copy(tmp_path / str(crash_at))
+        made = filled().copy(tmp_path / str(crash_at))
         before = made.head()
         calls = itertools.count()
 
@@ -190,10 +192,10 @@ COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, He
 class IndexMachine(RuleBasedStateMachine):
     """Writers, readers and cleaners of one index; some writers act on a version that is no longer the newest."""
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(empty=st.booleans())
+    def start(self, empty: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="hashdist-machine-"))
-        self.world = world(self.folder)
+        self.world = world(self.folder) if empty else filled().copy(self.folder / "index")
         self.stale: Index | None = None
         self.pins: list[tuple[View, Contents, ExitStack]] = []
 

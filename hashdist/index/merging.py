@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hashdist.keyfile import encoded
 from hashdist.order import blocks
-from hashdist.shards import Rows, Shard, local_file, parts, write_shard
+from hashdist.shards import Shard, faiss_flat, ipc, local_file, npy, parts, write_parts
 from hashdist.store import Store
 from hashdist.store.commit import Names
 
@@ -78,7 +79,7 @@ def unified(schemas: Sequence[pa.Schema]) -> pa.Schema | None:
 def merge(pieces: Sequence[Piece], names: Names, most_rows: int) -> Iterator[dict[str, Any]]:
     """Write the rows of all pieces as shards of at most `most_rows` rows; entries of them.
 
-    In memory: the ids of all rows, and one shard that is being written, about twice.
+    In memory: the ids of all rows, and one part (codes, keys, ...) of one shard, up to four times.
 
     Args:
         pieces: with distinct ids, and joinable: of one `kind`, with a schema in common.
@@ -92,17 +93,21 @@ def merge(pieces: Sequence[Piece], names: Names, most_rows: int) -> Iterator[dic
 
 
 def _write(pieces: Sequence[Piece], names: Names) -> dict[str, Any]:
-    rows = Rows(
-        ids=np.concatenate([piece.ids for piece in pieces]),
-        codes=np.concatenate([piece.shard.codes[piece.rows] for piece in pieces]),
-        keys=pa.chunked_array([chunk for piece in pieces for chunk in piece.keys.chunks]),
-        columns=_columns(pieces),
-        arrays={
-            part: np.concatenate([piece.shard.array(part)[piece.rows] for piece in pieces])
-            for part in pieces[0].shard.arrays
-        },
-    )
-    return write_shard(pieces[0].store, lambda suffix: names.new("shards", suffix), rows)
+    ids = np.concatenate([piece.ids for piece in pieces])
+    order = np.argsort(ids)
+
+    def made() -> Iterator[tuple[str, bytes | memoryview]]:
+        """One part after the other, so that no more than one is in memory."""
+        yield "codes", faiss_flat(np.concatenate([piece.shard.codes[piece.rows] for piece in pieces])[order])
+        yield "ids", npy(ids[order])
+        yield "keys", encoded(pa.chunked_array([chunk for piece in pieces for chunk in piece.keys.chunks]).take(order))
+        columns = _columns(pieces)
+        if columns.num_columns:
+            yield "columns", ipc(columns.take(order))
+        for part in pieces[0].shard.arrays:
+            yield part, npy(np.concatenate([piece.shard.array(part)[piece.rows] for piece in pieces])[order])
+
+    return write_parts(pieces[0].store, names.new("shards", ""), ids[order], made())
 
 
 def _columns(pieces: Sequence[Piece]) -> pa.Table:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from hashdist import scan
 from hashdist.cache import cache_folder
-from hashdist.kernel import AS_BYTE, AS_ID, AS_U32, cores, is_dead, kernel, load, spread
+from hashdist.kernel import AS_BYTE, AS_ID, AS_U32, is_dead, kernel, load, spread
 from hashdist.order import blocks
 from hashdist.progress import say
 from hashdist.shards import Shard, map_npy
@@ -46,8 +46,7 @@ _ROW_COST = 120  # comparing a row of a bucket, in rows scanned: it is far from 
 _PROBE_COST = 40  # looking a bucket's size up, likewise
 _PROBING = 0.1  # share of the scan's cost that finding out what a lookup costs may take
 _GAIN = 0.8  # a lookup must cost less than this share of the scan
-_SPREAD_FROM = 1 << 16  # rows to compare from which threads pay
-_QUERIES_PER_TASK = 16
+_QUERIES_PER_TASK = 32
 _DIGEST = 16  # hexadecimal digits of a file's own checksum, in its name
 
 
@@ -102,95 +101,57 @@ def within_of(
     threads: int = 0,
 ) -> scan.Ball:
     """As `scan.within_of`, by the tables of the parts that have some, where they are faster than the scan."""
-    have = [p for p, table in enumerate(tables) if table is not None]
-    if not have or radius < 0:
-        return scan.within_of(parts, queries_QW, radius, threads=threads)
+    have = [(part, own) for part, own in zip(parts, tables, strict=True) if own is not None]
+    without = [part for part, own in zip(parts, tables, strict=True) if own is None]
     levels = min(radius, 8 * queries_QW.shape[1]) + 1
-    lookups = [_Lookup.of(parts[p], tables[p], queries_QW, levels - 1) for p in have]  # type: ignore[arg-type]
-    scanned_Q = np.full(len(queries_QW), sum(len(parts[p].codes_NW) for p in have), np.float64)
-    cost_Q = sum((lookup.cost_Q for lookup in lookups), np.zeros(len(queries_QW)))
-    by_table = cost_Q < _GAIN * scanned_Q
-    asked, rest = np.flatnonzero(by_table), np.flatnonzero(~by_table)
-    found = _look_up(lookups, queries_QW, asked, levels, threads)
-    without = [part for p, part in enumerate(parts) if tables[p] is None]
-    for some, which in ((without, asked), (list(parts), rest)):
+    rows, probes = sum(len(part.codes_NW) for part, _ in have), sum(_probes(own, levels - 1) for _, own in have)
+    if not have or radius < 0 or probes * _PROBE_COST > _PROBING * rows:
+        return scan.within_of(parts, queries_QW, radius, threads=threads)
+    found, left_Q = _look_up(have, queries_QW, levels, int((_GAIN * rows - probes * _PROBE_COST) / _ROW_COST), threads)
+    for some, which in ((without, np.flatnonzero(~left_Q)), (list(parts), np.flatnonzero(left_Q))):
         if some and len(which):
             ball = scan.within_of(some, queries_QW[which], radius, threads=threads)
             found.append(scan.Found(np.repeat(which, np.diff(ball.offsets)), ball.rows, ball.distances))
     return scan.ball(found, len(queries_QW), levels, threads=threads)
 
 
-class _Lookup(NamedTuple):
-    """What queries will look up in one part.
-
-    Attributes:
-        part: the codes, by address.
-        tables: theirs.
-        own_QP: the queries' pieces, uint32.
-        flips_QP: how many bits of each piece may differ; -1 = the piece is not looked up.
-        masks: bits to flip, the fewest first.
-        upto: number of masks of at most so many bits.
-        rows_Q: rows to compare.
-        cost_Q: cost in rows scanned.
-    """
-
-    part: scan.Part
-    tables: Tables
-    own_QP: NDArray[np.uint32]
-    flips_QP: NDArray[np.int64]
-    masks: NDArray[np.uint32]
-    upto: NDArray[np.int64]
-    rows_Q: NDArray[np.int64]
-    cost_Q: NDArray[np.float64]
-
-    @staticmethod
-    def of(part: scan.Part, tables: Tables, queries_QW: NDArray[np.uint8], radius: int) -> "_Lookup":
-        """Planned: the sizes of the buckets are looked up, no row is."""
-        pieces, bits, data = tables
-        part, queries = scan.addressable(part), np.ascontiguousarray(queries_QW)
-        own_QP = np.empty((len(queries), pieces), np.uint32)
-        _cut(queries.ctypes.data, queries.shape[1], bits, own_QP)
-        flips_QP, rows_Q = np.full(own_QP.shape, -1), np.zeros(len(queries), np.int64)
-        most, wide = divmod(radius, pieces)
-        probes = (wide + 1) * _balls(bits, most) + (pieces - wide - 1) * _balls(bits, most - 1)
-        if most > bits or probes * _PROBE_COST > _PROBING * len(part.codes_NW):
-            unknown = np.full(len(queries), np.inf)
-            return _Lookup(part, tables, own_QP, flips_QP, _NO_MASKS, np.zeros(1, np.int64), rows_Q, unknown)
-        masks, upto = _masks(bits, most)
-        _plan(data.ctypes.data, data.shape[1], own_QP, masks, upto, wide, flips_QP, rows_Q)
-        cost_Q = (probes * _PROBE_COST + rows_Q * _ROW_COST).astype(np.float64)
-        return _Lookup(part, tables, own_QP, flips_QP, masks, upto, rows_Q, cost_Q)
-
-
 def _look_up(
-    lookups: Sequence[_Lookup], queries_QW: NDArray[np.uint8], asked: NDArray[np.int64], levels: int, threads: int
-) -> list[scan.Found]:
-    """What these queries find by tables."""
-    words_Q = scan.in_words(queries_QW)
-    form = (0,) * words_Q.shape[1]
+    have: Sequence[tuple[scan.Part, Tables]],
+    queries_QW: NDArray[np.uint8],
+    levels: int,
+    most_rows: int,
+    threads: int,
+) -> tuple[list[scan.Found], NDArray[np.bool_]]:
+    """What the queries find by tables, and which of them would have to be compared with more than so many rows."""
+    held = [(scan.addressable(part), own) for part, own in have]
+    places_SX = np.array([_places(part, own) for part, own in held], np.int64)
+    masks, upto = _masks(max(own.bits for _, own in have), max((levels - 1) // own.pieces for _, own in have))
+    queries, words_Q = np.ascontiguousarray(queries_QW), scan.in_words(queries_QW)
+    left_Q = np.zeros(len(queries), np.bool_)
 
-    def search(lookup: _Lookup, which: NDArray[np.int64]) -> scan.Found:
-        part, data = lookup.part, lookup.tables.data
-        ids, dead = (0 if a is None else a.ctypes.data for a in (part.ids_N, part.dead))
-        codes = (part.codes_NW.ctypes.data, part.codes_NW.shape[1], ids, dead)
-        plan = (lookup.own_QP, lookup.flips_QP, lookup.masks, lookup.upto)
-        room = int(lookup.rows_Q[which].sum())
-        queries, rows, distances = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int32)
-        held = _collect(
-            *codes, data.ctypes.data, data.shape[1], lookup.tables.bits, *plan, words_Q, form, which, levels,
-            queries, rows, distances,
+    def search(first: int, stop: int) -> scan.Found:
+        asked, words = queries[first:stop], words_Q[first:stop]
+        numbers, ids, distances = _find(
+            places_SX, asked, asked.ctypes.data, words, (0,) * words.shape[1], masks, upto, levels, most_rows,
+            left_Q[first:stop],
         )  # fmt: skip
-        return scan.Found(queries[:held], rows[:held], distances[:held])
+        return scan.Found(numbers + first, ids, distances)
 
-    if not len(asked):
-        return []
-    rows = sum(int(lookup.rows_Q[asked].sum()) for lookup in lookups)
-    groups = [asked[a:b] for a, b in blocks(len(asked), _QUERIES_PER_TASK if rows > _SPREAD_FROM else len(asked))]
-    tasks = [partial(search, lookup, group) for lookup in lookups for group in groups]
-    return spread(tasks, threads or cores() if rows > _SPREAD_FROM else 1)
+    tasks = [partial(search, *batch) for batch in blocks(len(queries), _QUERIES_PER_TASK)]
+    return spread(tasks, threads), left_Q
 
 
-_NO_MASKS = np.zeros(0, np.uint32)
+def _places(part: scan.Part, tables: Tables) -> tuple[int, ...]:
+    """Addresses of codes, ids, dead rows (0 = none) and tables, then the shape of the tables."""
+    ids, dead = (0 if a is None else a.ctypes.data for a in (part.ids_N, part.dead))
+    shape = (tables.pieces, tables.bits, tables.data.shape[1])
+    return (part.codes_NW.ctypes.data, ids, dead, tables.data.ctypes.data, *shape)
+
+
+def _probes(tables: Tables, radius: int) -> int:
+    """Buckets in which a query looks."""
+    most, wide = divmod(radius, tables.pieces)
+    return (wide + 1) * _balls(tables.bits, most) + (tables.pieces - wide - 1) * _balls(tables.bits, most - 1)
 
 
 def _balls(bits: int, flips: int) -> int:
@@ -271,14 +232,6 @@ def _piece(code, width, first, bits):
 
 @kernel
 @no_type_check
-def _cut(codes, width, bits, pieces_NP):
-    for r in range(pieces_NP.shape[0]):
-        for p in range(pieces_NP.shape[1]):
-            pieces_NP[r, p] = _piece(codes + r * width, width, p * bits, bits)
-
-
-@kernel
-@no_type_check
 def _build(codes, rows, width, first, bits, table):
     """Counting sort of the rows by a piece, into [starts of 2 ** bits buckets, end, rows]."""
     buckets = 1 << bits
@@ -298,56 +251,92 @@ def _build(codes, rows, width, first, bits, table):
 
 @kernel
 @no_type_check
-def _plan(data, stride, own_QP, masks, upto, wide, flips_QP, rows_Q):
-    """Choose the pieces that are looked up with the most flips: those whose further buckets hold the fewest rows."""
-    pieces, most = own_QP.shape[1], len(upto) - 1
-    fewer = np.empty(pieces, np.int64)
-    more = np.empty(pieces, np.int64)
-    for q in range(len(own_QP)):
+def _find(places_SX, queries_QW, address, words_Q, form, masks, upto, levels, most_rows, left_Q):
+    """Plan each query in all shards, and look it up in all of them unless that is too much: then it is left."""
+    width = queries_QW.shape[1]
+    own_SP = np.empty((len(places_SX), _MOST_PIECES), np.int64)
+    flips_SP = np.empty((len(places_SX), _MOST_PIECES), np.int64)
+    found_queries = np.empty(256, np.int64)
+    found_ids = np.empty(256, np.int64)
+    found_distances = np.empty(256, np.int32)
+    held = 0
+    for q in range(len(queries_QW)):
+        rows = 0
+        for s in range(len(places_SX)):
+            rows += _plan(places_SX[s], address + q * width, width, masks, upto, levels - 1, own_SP[s], flips_SP[s])
+        if rows > most_rows:
+            left_Q[q] = True
+            continue
+        while held + rows > len(found_ids):
+            found_queries = np.concatenate((found_queries, np.empty_like(found_queries)))
+            found_ids = np.concatenate((found_ids, np.empty_like(found_ids)))
+            found_distances = np.concatenate((found_distances, np.empty_like(found_distances)))
+        before = held
+        for s in range(len(places_SX)):
+            held = _collect(
+                places_SX[s], width, own_SP[s], flips_SP[s], masks, upto, words_Q, form, q, levels,
+                held, found_ids, found_distances,
+            )  # fmt: skip
+        found_queries[before:held] = q
+    return found_queries[:held].copy(), found_ids[:held].copy(), found_distances[:held].copy()
+
+
+@kernel
+@no_type_check
+def _plan(places_X, code, width, masks, upto, radius, own_P, flips_P):
+    """Choose the pieces that may differ most: those whose further buckets hold the fewest rows. Rows to compare."""
+    data, pieces, bits, stride = places_X[3], places_X[4], places_X[5], places_X[6]
+    most, wide = radius // pieces, radius % pieces
+    more = np.zeros(pieces, np.int64)
+    rows = 0
+    for p in range(pieces):
+        own_P[p] = _piece(code, width, p * bits, bits)
+        flips_P[p] = most - 1
+        for m in range(upto[most]):
+            bucket = own_P[p] ^ np.int64(masks[m])
+            if bucket >> bits != 0:
+                continue  # a mask of longer pieces than this shard's
+            at = p * stride + bucket
+            size = np.int64(load(data, at + 1, AS_U32)) - np.int64(load(data, at, AS_U32))
+            if most > 0 and m < upto[most - 1]:
+                rows += size
+            else:
+                more[p] += size
+    for _ in range(wide + 1):
+        least = -1
         for p in range(pieces):
-            fewer[p] = more[p] = 0
-            for m in range(len(masks)):
-                at = p * stride + np.int64(own_QP[q, p] ^ masks[m])
-                size = np.int64(load(data, at + 1, AS_U32)) - np.int64(load(data, at, AS_U32))
-                if most > 0 and m < upto[most - 1]:
-                    fewer[p] += size
-                else:
-                    more[p] += size
-            flips_QP[q, p] = most - 1
-            rows_Q[q] += fewer[p]
-        order = np.argsort(more)
-        for i in range(wide + 1):
-            flips_QP[q, order[i]] = most
-            rows_Q[q] += more[order[i]]
+            if flips_P[p] < most and (least < 0 or more[p] < more[least]):
+                least = p
+        flips_P[least] = most
+        rows += more[least]
+    return rows
 
 
 @kernel
 @no_type_check
 def _collect(
-    codes, width, ids, dead, data, stride, bits, own_QP, flips_QP, masks, upto, queries, form, which, levels,
-    found_queries, found_rows, found_distances,
+    places_X, width, own_P, flips_P, masks, upto, words_Q, form, q, levels, held, found_ids, found_distances
 ):  # fmt: skip
     """Compare the rows of all buckets that are looked up; a row is taken at the first piece by which it is found."""
-    buckets = 1 << bits
-    held = 0
-    for q in which:
-        for p in range(own_QP.shape[1]):
-            if flips_QP[q, p] < 0:
+    codes, ids, dead, data, pieces, bits, stride = places_X
+    for p in range(pieces):
+        if flips_P[p] < 0:
+            continue
+        table = data + 4 * p * stride
+        for m in range(upto[flips_P[p]]):
+            bucket = own_P[p] ^ np.int64(masks[m])
+            if bucket >> bits != 0:
                 continue
-            table = data + 4 * p * stride
-            for m in range(upto[flips_QP[q, p]]):
-                bucket = np.int64(own_QP[q, p] ^ masks[m])
-                for at in range(load(table, bucket, AS_U32), load(table, bucket + 1, AS_U32)):
-                    row = np.int64(load(table, buckets + 1 + at, AS_U32))
-                    d = np.int64(scan.distance_to(codes, row, queries, q, form, ()))
-                    if d >= levels or is_dead(dead, row):
-                        continue
-                    if _found_before(codes + row * width, width, bits, own_QP[q], flips_QP[q], p):
-                        continue
-                    found_queries[held] = q
-                    found_rows[held] = load(ids, row, AS_ID) if ids != 0 else row
-                    found_distances[held] = d
-                    held += 1
+            for at in range(load(table, bucket, AS_U32), load(table, bucket + 1, AS_U32)):
+                row = np.int64(load(table, (1 << bits) + 1 + np.int64(at), AS_U32))
+                d = np.int64(scan.distance_to(codes, row, words_Q, q, form, ()))
+                if d >= levels or is_dead(dead, row):
+                    continue
+                if _found_before(codes + row * width, width, bits, own_P, flips_P, p):
+                    continue
+                found_ids[held] = load(ids, row, AS_ID) if ids != 0 else row
+                found_distances[held] = d
+                held += 1
     return held
 
 

@@ -518,7 +518,8 @@ class _Apply:
 
     def __init__(self, log: Log, change: Change, features_ND: NDArray[np.floating[Any]] | None) -> None:
         self._store, self._names, self._change = log.store, log.new_attempt(), change
-        self._features, self._units = features_ND, None if features_ND is None else unit_rows(features_ND)
+        self._features = features_ND
+        self._units = unit_rows(features_ND) if features_ND is not None and len(features_ND) else None
         self._written: tuple[Plan, dict[str, Any]] | None = None
         self._noted: tuple[list[dict[str, Any]], pa.Table, dict[str, Any]] | None = None
         self._basis: dict[str, Any] = {}

@@ -450,8 +450,10 @@ def test_features_are_kept_of_all_rows_or_of_none(tmp_path: Path) -> None:
         index.search(random_codes(1), 5, rerank=features[:1], candidates=4)
     assert index.delete(names[:5]) == 5
     index.apply(random_codes(1), [names[0]], rerank=features[:1])
+    nothing = np.empty((0, 4), np.uint8), np.empty((0, 0), np.float16)
+    index.apply(nothing[0], [], removed=[names[6]], rerank=nothing[1])
     assert index.manifest["rerank"] == {"width": 24}
-    assert index.search(random_codes(1), 1000, rerank=features[:1], candidates=1000).ids.shape == (1, 246)
+    assert index.search(random_codes(1), 1000, rerank=features[:1], candidates=1000).ids.shape == (1, 245)
 
 
 # The command

@@ -90,7 +90,10 @@ def index_purge(settings: Settings, options: PurgeOptions) -> dict[str, Any]:
             f"{unnamed} files that no version names were not looked into (of killed or running writers); "
             "`hashdist index vacuum` collects them"
         )
-    lines += [NOT_COVERED, "an image that is still in its collection comes back with the next `hashdist reindex`"]
+    lines += [
+        NOT_COVERED,
+        "an image that is still in its collection may come back with the next `hashdist reindex`: remove it there",
+    ]
     return {
         "purge": purge_id,
         "keys": len(keys),

@@ -34,7 +34,7 @@ from hashdist.cache import cache_folder
 from hashdist.errors import InvalidInput
 from hashdist.ids import image_ids
 from hashdist.index.change import checked_keys
-from hashdist.index.manifest import LISTS, is_expired, rewritten, successor
+from hashdist.index.manifest import LISTS, files, is_expired, rewritten, successor
 from hashdist.index.merging import Piece, merge
 from hashdist.index.searcher import Index
 from hashdist.index.seen import FOLDER, SUFFIX, read_seen, write_seen
@@ -379,13 +379,14 @@ def _entries(records: Iterable[Record]) -> dict[tuple[str, str], Entry]:
 
 
 def _everything(records: Iterable[Record]) -> list[Entry]:
-    """Every entry of a data file or shard that records name, once."""
+    """Every entry of a data file or shard that records name, once: thousands of records name the same shards."""
     found: dict[str, Entry] = {}
     for record in records:
         parts = [record, *([record["candidate"]] if record.get("candidate") else [])]
-        found |= {entry["path"]: entry for (_, _), entry in _entries(parts).items()}
-        others = [record.get("probes"), *record.get("rewrites", {}).values()]
-        found |= {entry["path"]: entry for entry in others if entry}
+        found |= {entry["path"]: entry for entry in _entries(parts).values()}
+        for part in parts:
+            others = {name: value for name, value in part.items() if name not in (*LISTS, "candidate")}
+            found |= {entry["path"]: entry for entry in files(others)}
     return list(found.values())
 
 

@@ -7,7 +7,8 @@ the larger part and is printed). In turns, each with the process warm (kernels c
 and one search with an empty cache, and the same files by plain ranged GETs of boto3, 16 at once, into memory. Memory:
 anonymous memory of a new process that opens an index of `--searcher-rows`, above what it has after its imports, before
 and after its first query. Shards: bytes of a manifest of 10,000 shards and the time to commit and to open it, and
-`keys()` of 100 hits over 500 shards, from a cold and from a warm cache. A size of 0 leaves its part out. Prints one JSON line.
+`keys()` of 100 hits over 500 shards, from a cold and from a warm cache. A size of 0 leaves its part out. Prints one
+JSON line.
 """
 
 import argparse

@@ -17,6 +17,7 @@ Results come in (distance, id) order at any number of shards and threads (docs/d
 - `manifest`: what the record of a version says.
 - `filters`, `engines`, `rerank`: which rows may answer, what looks at the codes, ranking by features (docs/search.md).
 - `retention`: tags, rollback, pins (`pins`), and the vacuum that expires versions. `verification`: every byte read.
+  `compaction`, `erasure`: shards written again (`merging`), without hidden rows, or without certain images.
   `lineage`: what the versions were made from, and the withdrawal of the rest (docs/retention.md).
 """
 

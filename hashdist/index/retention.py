@@ -29,16 +29,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 from hashdist import telemetry
 from hashdist.errors import AlreadyExists, Conflict, HashdistError, InvalidInput, NotFound
 from hashdist.index.manifest import (
     CONTENT,
+    LISTS,
     attempt_of,
     content,
-    files,
     kept_numbers,
     ranges,
     resolve,
@@ -48,6 +47,7 @@ from hashdist.index.manifest import (
 from hashdist.index.pins import Clock, Pin, Pins, pinned, read_pins, store_time
 from hashdist.index.searcher import Index
 from hashdist.index.view import View
+from hashdist.shards import files as shard_files
 from hashdist.store.base import Entry, Store
 from hashdist.store.commit import Log, Version
 
@@ -60,6 +60,7 @@ EXPIRED, UNFINISHED, LEFT_OVER, ERASED, PINS = "expired", "unfinished", "left ov
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _DATA_FILE = re.compile(r"(?!manifests/|pins/)[^/]+/[0-9a-f]{32}/[^/]+")
+_LISTED = {*LISTS, "candidate", "rewrites"}
 _AT_ONCE = 16
 
 
@@ -281,6 +282,7 @@ class _Look:
         self._stamps: dict[int, float] = {}
         self._foreign = 0
         self._manifests: dict[int, dict[str, Any]] = {}
+        self._known: dict[tuple[str, ...], frozenset[str]] = {}
         for entry in log.store.list():
             if _DATA_FILE.fullmatch(entry.name):
                 self._data.append(entry)
@@ -295,14 +297,16 @@ class _Look:
         manifests = self._read(numbers)
         held = {head.number, *head.manifest.get("tags", {}).values(), *pins.versions}
         expire = [n for n in numbers if n not in held and self._is_old(self._superseded(n))]
-        keep = sorted(set(numbers) - set(expire))
-        last = {path: number for number in numbers for path in _named(manifests[number])}
+        expired = set(expire)
+        keep = [number for number in numbers if number not in expired]
+        last = {path: number for number in numbers for path in self._named(manifests[number])}
         erased = {path for manifest in manifests.values() for path in manifest.get("purge", {}).get("delete", ())}
-        needed = _named(head.manifest)
+        needed = self._named(head.manifest)
         for number in numbers:
-            now = _content(manifests[number], head)
-            erased |= {entry["path"] for entry in files(content(manifests[number]))} - now
-            needed |= now if number in keep else set()
+            now = self._content(manifests[number], head)
+            if head.manifest.get("rewrites"):
+                erased |= self._named(content(manifests[number])) - now
+            needed |= now if number not in expired else set()
         garbage, unnamed = self._named_once(last, needed, erased)
         revoked = set(head.manifest.get("revoked", ()))
         dead = [a for a, entries in unnamed.items() if a in revoked or all(map(self._is_old_file, entries))]
@@ -335,7 +339,7 @@ class _Look:
     def deletable(self, plan: _Plan, pinned_versions: Iterable[int]) -> list[_Garbage]:
         """The plan's garbage without what pinned versions name, expired or not. A purge goes over pins."""
         read = self._read([number for number in pinned_versions if 1 <= number <= plan.head.number])
-        spared = set().union(*(_content(manifest, plan.head) for manifest in read.values()))
+        spared = set().union(*(self._content(manifest, plan.head) for manifest in read.values()))
         return [one for one in plan.garbage if one.reason == ERASED or one.entry.name not in spared]
 
     def _read(self, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
@@ -344,6 +348,25 @@ class _Look:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             self._manifests.update((version.number, version.manifest) for version in pool.map(self._log.read, new))
         return {number: self._manifests[number] for number in wanted}
+
+    def _named(self, record: Mapping[str, Any]) -> set[str]:
+        """Every file that a record names, wherever in it. Entries are worked out once: versions share most of them."""
+        parts = [record, record.get("candidate") or {}]
+        lists = [entry for part in parts for name in LISTS for entry in part.get(name, ())]
+        lists += [entry for entry in record.get("rewrites", {}).values() if entry is not None]
+        rest = [value for part in parts for name, value in part.items() if name not in _LISTED]
+        return {entry["path"] for entry in _entries(rest)}.union(*map(self._files_of, lists))
+
+    def _files_of(self, entry: Mapping[str, Any]) -> frozenset[str]:
+        parts = entry.get("parts", {})
+        same = (entry["path"], *parts, *(own for _, _, *more in parts.values() for own in more))
+        if same not in self._known:
+            self._known[same] = frozenset(e["path"] for e in (shard_files(entry) if parts else [entry]))
+        return self._known[same]
+
+    def _content(self, manifest: Mapping[str, Any], head: Version) -> set[str]:
+        """The files that a version's content consists of now."""
+        return self._named(content(rewritten(manifest, head.manifest)))
 
     def _superseded(self, number: int) -> float | None:
         return self._stamps.get(number + 1)
@@ -356,13 +379,8 @@ class _Look:
         return self._is_old(entry.modified)
 
 
-def _named(manifest: Mapping[str, Any]) -> set[str]:
-    """Every file that a record names, wherever in it."""
-    return {entry["path"] for entry in chain(files(manifest), _entries(manifest))}
-
-
 def _entries(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Whatever looks like the entry of a file: fields of a record that `manifest.files` does not know keep theirs."""
+    """Whatever looks like the entry of a file: fields that only others know keep their files too."""
     if isinstance(value, Mapping):
         if "path" in value and "sha256" in value:
             yield value
@@ -370,11 +388,6 @@ def _entries(value: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(value, list):
         for part in value:
             yield from _entries(part)
-
-
-def _content(manifest: Mapping[str, Any], head: Version) -> set[str]:
-    """The files that a version's content consists of now."""
-    return _named(content(rewritten(manifest, head.manifest)))
 
 
 def _delete(store: Store, garbage: Sequence[_Garbage]) -> tuple[list[_Garbage], str]:

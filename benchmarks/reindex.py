@@ -1,0 +1,273 @@
+"""Re-index after a small change, against the full build; and listing and diff of many synthetic names.
+
+    python benchmarks/reindex.py --data ../shared/data --images 20000 --change 0.01
+    python benchmarks/reindex.py --names 1000000
+
+First form: images of `cifar10_jpg_train.parquet` are written out as files, MobileNetV2 at 96 px (weights of the same
+folder) makes features, a hash head that nobody trained makes codes, and the stages build the index: that is the full
+build, Ray's start included, training not. Then half of the change is added, half changed, and as many images as were
+added removed, and `hashdist reindex` runs as a process of its own: its time is the process's, start and imports
+included. It runs once more with nothing new. What it must reach: it encodes exactly the images that were added or
+changed, in at most 5 % of the full build + 20 s.
+
+Second form: an index of so many rows without images, a listing of as many names, of which 1 % are new and 1 % touched.
+Prints what listing and diff take, and the memory they add to the process.
+
+Prints one JSON line.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hashdist.difference import Spill
+from hashdist.ids import image_ids
+from hashdist.index import create_index, open_index
+from hashdist.inventory import LISTED
+from hashdist.settings import (
+    ClusterSettings,
+    CollectionSettings,
+    FeatureSettings,
+    GateSettings,
+    IndexSettings,
+    PreprocessSettings,
+    Settings,
+)
+from hashdist.shards import Rows, write_shard
+from hashdist.stages import reindex as stage
+from hashdist.stages.reindex import Costs
+from hashdist.store import Entry
+from hashdist.store.local import LocalStore
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+BITS = 64
+_COMMAND = "import sys; from hashdist.cli import main; sys.exit(main())"
+
+
+def main() -> None:
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory(prefix="hashdist-reindex-") as folder:
+        os.environ["HASHDIST_CACHE"] = f"{folder}/cache"
+        if arguments.measure:
+            print(json.dumps(measured(arguments.measure, arguments.names)))
+        elif arguments.names:
+            print(json.dumps(names(Path(folder), arguments.names)))
+        else:
+            print(json.dumps(images(Path(folder), arguments.data, arguments.images, arguments.change)))
+
+
+def images(folder: Path, data: Path, count: int, change: float) -> dict[str, Any]:
+    """The full build, the re-index after a change, and the re-index after none."""
+    half = round(count * change / 2)
+    rows = pq.read_table(data / "cifar10_jpg_train.parquet", columns=["image"]).slice(0, count + half)
+    encoded = rows["image"].to_pylist()
+    base = folder / "images"
+    for number, data_ in enumerate(encoded[:count]):
+        write(base / f"{number % 100:02d}" / f"{number:05d}.jpg", data_)
+    settings = settings_of(folder, base, data)
+    build_s = build(settings)
+    for number in range(half):
+        write(base / "new" / f"{number:05d}.jpg", encoded[count + number])
+        write(base / f"{number % 100:02d}" / f"{number:05d}.jpg", encoded[number + count // 2])
+        (base / f"{(count - 1 - number) % 100:02d}" / f"{count - 1 - number:05d}.jpg").unlink()
+    changed, idle = reindex(settings), reindex(settings)
+    limit_s = 0.05 * build_s + 20
+    return {
+        "benchmark": "reindex",
+        "images": count,
+        "build_s": round(build_s, 1),
+        **{name: changed[name] for name in ("added", "changed", "removed", "encoded", "failed", "version")},
+        "process_s": round(changed["process_s"], 1),
+        "of_build": round(changed["process_s"] / build_s, 3),
+        "limit_s": round(limit_s, 1),
+        "within": changed["encoded"] == 2 * half and changed["process_s"] <= limit_s,
+        "plan": changed["plan"],
+        "actual": changed["actual"],
+        "costs": changed["costs"],
+        "nothing_new_s": round(idle["process_s"], 1),
+        "nothing_new_costs": idle["costs"],
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def settings_of(folder: Path, base: Path, data: Path) -> Settings:
+    return Settings(
+        root=str(folder / "root"),
+        collection=CollectionSettings(uri=str(base), labels=False),
+        features=FeatureSettings(
+            backbone="mobilenet_v2",
+            weights=str(data / "weights" / "mobilenet_v2_coral_rot180_fp16.pth"),
+            preprocess=PreprocessSettings(size=96, mean=[0.5] * 3, std=[0.5] * 3, rotate180=True),
+        ),
+        index=IndexSettings(name="photos"),
+        gate=GateSettings(floor=0.0),  # the head is not trained
+        cluster=ClusterSettings(address="local"),
+    )
+
+
+def build(settings: Settings) -> float:
+    """Collection, features, codes, index; returns the seconds of it."""
+    from hashdist import distributed
+    from hashdist.stages import collection, encode, features, index
+    from hashdist.store.commit import open_artefact
+
+    started = time.perf_counter()
+    with distributed.session(settings.cluster):
+        listed = open_artefact(collection.run(settings)["snapshot"], "collections")
+        made = open_artefact(features.run(settings, listed)["snapshot"], "features")
+        paused = time.perf_counter()
+        model = untrained(settings, made.manifest())
+        started += time.perf_counter() - paused
+        codes = open_artefact(encode.run(settings, model, made)["snapshot"], "codes")
+        index.run(settings, codes)
+    return time.perf_counter() - started
+
+
+def untrained(settings: Settings, backbone: dict[str, Any]) -> Any:
+    """A committed model with DSAH's head as it is before training."""
+    import torch
+    from safetensors import torch as safetensors
+
+    from hashdist.methods.contract import find_method, method_settings
+    from hashdist.model import describe
+    from hashdist.networks import open_network, state_bytes
+    from hashdist.store import open_store
+    from hashdist.store.commit import Artefact, write_file
+
+    method = find_method("dsah")
+    head = method.network(method_settings(method, "paper"), backbone["width"], BITS, torch.Generator().manual_seed(0))
+    made = Artefact(open_store(settings.root), "models", "0" * 32)
+    weights = write_file(made.store, made.new_name(".safetensors"), safetensors.save(head.state_dict()))
+    state = write_file(made.store, made.new_name(".safetensors"), state_bytes(open_network(settings.features)))
+    spec = {name: backbone[name] for name in ("backbone", "tap", "weights", "weights_digest", "preprocess")}
+    spec |= {name: backbone[name] for name in ("precision", "dtype", "width", "batch")}
+    made.publish(
+        {
+            "stage": "train",
+            **describe(
+                method="dsah",
+                options={},
+                bits=BITS,
+                mode="frozen",
+                width=backbone["width"],
+                classes=0,
+                backbone=spec,
+                head=weights,
+                backbone_weights=state,
+            ),
+        }
+    )
+    return made
+
+
+def reindex(settings: Settings) -> dict[str, Any]:
+    """`hashdist reindex` as a process; its result, and its seconds as `process_s`."""
+    words = ["reindex", "--json", "--root", settings.root, "--index.name", settings.index.name, "--gate.floor", "0"]
+    words += ["--collection.uri", settings.collection.uri, "--collection.labels", "false"]
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", _COMMAND, *words], stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {**result, "process_s": time.perf_counter() - started}
+
+
+# Many names
+
+
+class Listing(LocalStore):
+    """A bucket that exists as names only: every hundredth is new, every hundredth other one has a new stamp."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(Path("/nowhere"))
+        self.count = count
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[Entry]:  # noqa: ARG002
+        """Names in order, without making more than the one at hand."""
+        first = int(start_after.partition(".")[0] or -1) + 1 if start_after else 0
+        for number in range(first, self.count + self.count // 100):
+            yield Entry(f"{number:010d}.jpg", 1000, "t" if number % 100 == 7 else "s", 0.0)
+
+
+def names(folder: Path, count: int) -> dict[str, Any]:
+    """An index of `count` rows; listing and diff in a process of their own."""
+    index = create_index(str(folder / "index"), BITS, "none")
+    written, per_shard = [], 1_000_000
+    for start in range(0, count, per_shard):
+        keys = [f"{number:010d}.jpg" for number in range(start, min(start + per_shard, count))]
+        columns = {"digest": ["0" * 32] * len(keys), "size": [1000] * len(keys), "stamp": ["s"] * len(keys)}
+        codes_NW = np.zeros((len(keys), BITS // 8), np.uint8)
+        rows = Rows(image_ids(keys), codes_NW, keys, pa.table(columns))
+        written.append(write_shard(index.store, lambda suffix: index.versions.new_name("shards", suffix), rows))
+    index.publish(written, bits=BITS, salts={}, model="none", model_uri="none", lineage={})
+    words = [sys.executable, __file__, "--names", str(count), "--measure", index.uri]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(uri: str, count: int) -> dict[str, Any]:
+    view, costs = open_index(uri).view, Costs()
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    anonymous_before = anonymous_mb()
+    from hashdist import inventory
+
+    with Spill(LISTED) as images:
+        with costs.of("listing"):
+            stage._sort_out(inventory.listed(Listing(count), stage._sample(view)), images, view.salts)
+        after_listing = anonymous_mb()
+        with costs.of("diff"):
+            change = stage._difference(images, view)
+    peak_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb) / 1024
+    return {
+        "benchmark": "reindex names",
+        "names": images.rows,
+        "rows": count,
+        "new": len(change.new),
+        "touched": len(change.touched),
+        "removed": len(change.removed),
+        "listing_s": round(costs.phases["listing"]["seconds"], 2),
+        "diff_s": round(costs.phases["diff"]["seconds"], 2),
+        "peak_above_start_mb": round(peak_mb),
+        "anonymous_mb": {
+            "start": anonymous_before,
+            "after_listing": after_listing,
+            "after_diff": anonymous_mb(),
+        },
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def anonymous_mb() -> int:
+    """Anonymous memory of this process now: what is mapped from files can be dropped, this cannot."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--change", type=float, default=0.01)
+    parser.add_argument("--names", type=int, default=0)
+    parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

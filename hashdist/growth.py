@@ -78,7 +78,6 @@ class _Run:
         self.vocabulary: dict[str, int] | None = None
         self.model: Model
         self.codes: Artefact | None = None
-        self.lineage: dict[str, Any] = {}
         self.result: dict[str, Any] = {}
 
     def go(self) -> dict[str, Any]:
@@ -161,7 +160,6 @@ class _Run:
             codes = open_artefact(encode.run(ready, model, made or part)["snapshot"], "codes")
         self.vocabulary = dict(whole.manifest()["vocabulary"])
         self.codes = codes
-        self.lineage["made_from"] = {"codes": {"uri": codes.uri, "digest": codes.name}}
         self._take(part, codes, made)
 
     def _take(self, part: Artefact, codes: Artefact, features: Artefact | None) -> None:
@@ -191,10 +189,17 @@ class _Run:
         found_drift = drift.measure(self.index.view, codes_NW)
         if found_drift["retrain_recommended"]:
             say(found_drift["text"])
-        self.lineage["drift"] = found_drift
         self.result |= {"drift": found_drift, "retrain_recommended": found_drift["retrain_recommended"]}
         checks = importlib.import_module("hashdist.gate").for_growth(self.settings, self.index, self.codes)
-        return stage.commit(self.index, found, self.outcome, vocabulary=self.vocabulary, gate=checks, **self.lineage)
+        return stage.commit(
+            self.index,
+            found,
+            self.outcome,
+            vocabulary=self.vocabulary,
+            gate=checks,
+            codes=self.codes,
+            drift=found_drift,
+        )
 
     def _compact(self) -> str | None:
         """Merge shards and drop hidden rows when it is due; returns why it was."""
@@ -207,7 +212,7 @@ class _Run:
     # What is said
 
     def _said(self, found: Found, plan: dict[str, Any], applied: Applied | None, summary: str) -> dict[str, Any]:
-        counts = {
+        counts: dict[str, Any] = {
             "listed": found.listed,
             "added": applied.added if applied else 0,
             "changed": applied.replaced if applied else 0,
@@ -223,6 +228,9 @@ class _Run:
         if counts["failed"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.outcome.failed.items()))
             line += f"; {counts['failed']} without a code: {reasons}"
+        telemetry.STAGE_SECONDS.observe(time.perf_counter() - self.started, stage="reindex")
+        telemetry.STAGE_ROWS.set(self.index.rows, stage="reindex")
+        telemetry.STAGE_FAILED.set(counts["failed"] + counts["unreadable"], stage="reindex")
         quiet = not self.options.plan and (applied is None or applied.version == self.version)
         text = (
             f"{line} ({self.costs.line()})" if quiet else "\n".join([line, *_beside(plan, actual), *self.costs.lines()])

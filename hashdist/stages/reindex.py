@@ -63,7 +63,7 @@ from hashdist.sources import (
     source_stamp,
 )
 from hashdist.store import Entry, Store
-from hashdist.store.commit import open_artefact
+from hashdist.store.commit import Artefact, open_artefact
 from hashdist.telemetry import NO_TRAFFIC, Traffic
 
 if TYPE_CHECKING:  # brings torch with it, which a listing does without
@@ -522,6 +522,7 @@ def commit(
     *,
     vocabulary: Mapping[str, int] | None = None,
     gate: Gate | None = None,
+    codes: Artefact | None = None,
     **lineage: Any,
 ) -> Applied:
     """Commit a difference as one version: new rows, tombstones for what changed or is gone, and notes.
@@ -533,6 +534,7 @@ def commit(
         outcome: what came of it. Images that failed to encode stay as they are.
         vocabulary: numbers of the labels that `outcome` has as text, where they are known.
         gate: see `Index.apply`.
+        codes: committed ones that `outcome` took its codes from, if it did.
         lineage: more fields for the manifest.
 
     Returns and raises as `Index.apply`.
@@ -549,7 +551,10 @@ def commit(
         name = index.versions.new_attempt().new(FOLDER, SOURCES_SUFFIX)
         lineage["sources"] = write_sources(index.store, name, found.sources)
     about = {
-        "inputs": {"listing": {"uri": found.uri, "format": found.format}},
+        "inputs": {
+            "listing": {"uri": found.uri, "format": found.format},
+            **({"codes": {"uri": codes.uri, "digest": codes.name}} if codes else {}),
+        },
         "listed_at": found.time,
         "failed": outcome.failed.total(),
     }

@@ -28,7 +28,7 @@ Edges = NDArray[np.int64]
 _CHUNKS_BEYOND = 4  # chunks tried: radius + 1 to radius + this many
 _MOST_SORTS = 120
 _SAMPLE = 4096
-_SORT_NS = 250.0  # a code, hashed, sorted and gathered
+_SORT_NS = 400.0  # a code, hashed, sorted and gathered
 _PAIR_NS = 0.6  # a word of a pair, compared
 _AT_ONCE = 256  # codes compared with one code before any of them is looked at
 

@@ -8,7 +8,6 @@ rest only while its shard is looked at.
 import hashlib
 import itertools
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from hashdist import telemetry
 from hashdist.errors import Corrupt, HashdistError, NotFound
-from hashdist.index.manifest import content, files, kept_numbers, rewritten
+from hashdist.index.manifest import LISTS, content, files, kept_numbers, rewritten
 from hashdist.index.searcher import Index
 from hashdist.order import blocks
 from hashdist.progress import Progress
@@ -140,17 +139,27 @@ class _Named:
 
     @classmethod
     def by(cls, contents: Mapping[str, Mapping[str, Any]], head: Mapping[str, Any]) -> "_Named":
+        shards: dict[str, Mapping[str, Any]] = {}
         entries: dict[str, Mapping[str, Any]] = {}
-        users: defaultdict[str, list[str]] = defaultdict(list)
-        newest = str(head["number"])
-        for version, record in [*contents.items(), (newest, head)]:
-            for entry in files(record):
-                entries[entry["path"]] = entry
-                if version not in users[entry["path"]]:
-                    users[entry["path"]].append(version)
-        shards = {parts(s)["codes"]["path"]: s for record in contents.values() for s in record["shards"]}
-        tombstones = {t["path"] for record in contents.values() for t in record["tombstones"]}
-        return cls(entries, users, shards, tombstones)
+        versions: dict[str, list[str]] = {}  # one list for all files of an entry: versions share most entries
+        known: dict[tuple[str, ...], list[str]] = {}
+        for version, record in contents.items():
+            for entry in (entry for name in LISTS for entry in record.get(name, ())):
+                unit = (entry["path"], *entry.get("parts", {}))
+                if unit not in known:
+                    known[unit] = []
+                    own = parts(entry) if "parts" in entry else {"": entry}
+                    entries |= {file["path"]: file for file in own.values()}
+                    versions |= {file["path"]: known[unit] for file in own.values()}
+                    if "parts" in entry:
+                        shards[own["codes"]["path"]] = entry
+                if known[unit][-1:] != [version]:
+                    known[unit].append(version)
+        for entry in files(head):  # what it names besides its content: of the gate, of a purge
+            if entry["path"] not in entries:
+                entries[entry["path"]], versions[entry["path"]] = entry, [str(head["number"])]
+        tombstones = {entry["path"] for record in contents.values() for entry in record["tombstones"]}
+        return cls(entries, versions, shards, tombstones)
 
 
 # Files

@@ -320,6 +320,21 @@ def test_clocks_of_writers_change_nothing(uri: str, monkeypatch: pytest.MonkeyPa
     check(index, REPLACED, {1, 2, 3, 4, 5})
 
 
+@pytest.mark.parametrize("days", [-30, 30])
+def test_a_store_whose_clock_is_wrong_changes_nothing(tmp_path: Path, days: float) -> None:
+    class Skewed(FaultyStore):
+        def list(self, prefix: str = "", start_after: str = "") -> Iterator[Any]:
+            for entry in self.inner.list(prefix, start_after):
+                yield entry._replace(modified=entry.modified + days * DAY)
+
+    index = replaced(str(tmp_path / "index"))
+    skewed = Index(Log(Skewed(index.store)), index.view.version)
+    with retention.pinned(Index(Log(skewed.store), open_index(index.uri, 2).view.version, writable=False)):
+        assert retention.vacuum(skewed, 7 * DAY).expired == []
+        done = retention.vacuum(skewed, 0, force=True)
+    assert (done.expired, done.pinned) == ([1, 3, 4, 5], [2])
+
+
 def test_the_store_says_what_time_it_is(uri: str) -> None:
     index = create_index(uri, bits=16)
     first = retention.store_time(index.store)

@@ -157,7 +157,7 @@ def _encode_images(codes: Artefact, model: Artefact, source: Artefact, device: s
             rows.append(image._replace(data=None))
             yield image.data if image.data is not None else _bad(image.reason or UNREADABLE)
 
-    codes_NW, reasons = _model(model.uri, device).encode_readable(pictures())
+    codes_NW, reasons, _ = _model(model.uri, device).encode_readable(pictures())
     present_N = np.array([reason is None for reason in reasons], np.bool_)
     table = pa.table(
         {

@@ -47,6 +47,7 @@ FARTHEST = 1
 _CONSTANT = 0.02  # a bit whose mean is nearer to 0 or 1 than this is nearly constant
 _ABOVE_CHANCE = 0.02  # of a first version whose features are not at hand, as a share of the way from chance to 1
 _ALIVE = 0.5  # share of the probe set that must still be in the index
+_PARTS_BEFORE = 2  # of the codes that an increment joins: a cron must stay cheap
 _DEPTH = 2  # neighbours kept of each query, as a multiple of k: some of them will be deleted
 _SHARE_NEAR = 20  # k is at most one in so many of the probe set
 
@@ -67,7 +68,7 @@ def for_growth(settings: Settings, index: Index, codes: Artefact | None) -> Gate
         index: what grows.
         codes: committed codes of what was added and changed; None where there is nothing of the kind.
     """
-    return Checks(settings.gate, [*([codes] if codes else []), *_built_from(settings, index.manifest)])
+    return Checks(settings.gate, [codes] if codes else [], _built_from(settings, index.manifest))
 
 
 def for_candidate(settings: Settings, index: Index) -> Gate:
@@ -76,7 +77,7 @@ def for_candidate(settings: Settings, index: Index) -> Gate:
     named = candidate.get("about", {}).get("inputs", {}).get("codes")
     sources = [_opened(named["uri"], "codes")] if named else []
     base = [] if named and named["digest"] == candidate.get("built_from") else _built_from(settings, candidate)
-    return Checks(settings.gate, [*(source for source in sources if source), *base])
+    return Checks(settings.gate, [source for source in sources if source], base)
 
 
 def _built_from(settings: Settings, manifest: Any) -> list[Artefact]:
@@ -99,11 +100,13 @@ class Checks:
 
     Args:
         limits: what is required.
-        sources: committed codes, which name what the rows were encoded from; the one of most rows last.
+        sources: committed codes that are new; they name what the rows were encoded from.
+        before: those that were there, of which less is read: they have been through a gate.
     """
 
     limits: GateSettings
     sources: Sequence[Artefact]
+    before: Sequence[Artefact] = ()
 
     def __call__(self, served: View, proposed: View) -> dict[str, Any]:
         """Every check, and what was measured on the way."""
@@ -153,9 +156,11 @@ class Checks:
         model = load_model(uri, device="cuda" if gpu else "cpu")
         if model.digest != proposed.manifest["model"]:
             return _check(name, False, 0.0, self.limits.agreement, f"{uri} is not the model that the version names")
-        share = -(-self.limits.probes // max(1, len(self.sources)))
+        sources = [(codes, self.limits.parts) for codes in self.sources]
+        sources += [(codes, min(_PARTS_BEFORE, self.limits.parts)) for codes in self.before]
+        share = -(-self.limits.probes // max(1, len(sources)))
         try:
-            made = [_encoded_again(source, model, proposed, share, self.limits.parts) for source in self.sources]
+            made = [_encoded_again(codes, model, proposed, share, parts) for codes, parts in sources]
         except InvalidInput as error:
             return _check(name, False, 0.0, self.limits.agreement, f"the model cannot encode what it should: {error}")
         ids = np.concatenate([np.empty(0, np.int64), *(again.ids for again in made)])
@@ -181,7 +186,7 @@ class Checks:
         Cosines are taken about the mean: features behind a ReLU all point one way, and heads are trained on centred
         ones (decision H6).
         """
-        features = next((found for found in map(_features_of, reversed(self.sources)) if found), None)
+        features = next((found for found in map(_features_of, [*self.before, *self.sources]) if found), None)
         entry, store = served.manifest.get("probes"), proposed.log.store
         made_by = {name: features.manifest().get(name) for name in DECISIVE} if features else None
         if entry and made_by in (None, entry["made_by"]):

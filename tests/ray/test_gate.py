@@ -84,13 +84,11 @@ class World:
         if trained:
             fitted = itq.fit(self.features_ND, BITS, seed)
             with torch.no_grad():
-                head.hidden.weight.zero_()
-                head.hidden.bias.zero_()
-                head.hidden.weight[:WIDTH] = torch.eye(WIDTH)
-                head.hidden.bias[:WIDTH] = -torch.from_numpy(fitted.mean_D)
-                head.hash.weight.zero_()
-                head.hash.bias.zero_()
-                head.hash.weight[:, :WIDTH] = torch.from_numpy(fitted.directions_DL.T.copy()) * 0.01
+                for parameter in head.parameters():
+                    parameter.zero_()
+                head.hidden.weight[:BITS] = torch.from_numpy(fitted.directions_DL.T.copy())
+                head.hidden.bias[:BITS] = -torch.from_numpy(fitted.mean_D @ fitted.directions_DL)
+                head.hash.weight[:, :BITS] = torch.eye(BITS) * 0.01
         return committed(self.root, head.state_dict(), {**BACKBONE, "dtype": "float32", "width": WIDTH}, "frozen")
 
     def codes(self, model: Artefact, shuffle: bool = False) -> Artefact:
@@ -310,7 +308,7 @@ def test_an_increment_passes_the_same_gate(tmp_path: Path) -> None:
     assert "counts" not in str(error.value)
     grown = grow(more.codes(model), world.keys[:5])
     assert (grown["rows"], failed(grown["gate"])) == (695, [])
-    assert "of 600 images encoded again" in checks(grown["gate"])["probes"]["text"]  # 100 new ones, and 500 old ones
+    assert "of 400 images encoded again" in checks(grown["gate"])["probes"]["text"]  # 100 new ones, 2 of 4 parts of old
     assert grown["probes"] == there.manifest["probes"]
     with pytest.raises(Refused, match="counts: 655 rows, 695 are served, and at least 661 are required"):
         grow(None, world.keys[5:45])

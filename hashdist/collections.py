@@ -472,13 +472,14 @@ class Collection:
         rows = salted(rows, self._salts)
         return rows.set_column(rows.schema.get_field_index("labels"), "labels", numbered(rows, self._vocabulary))
 
-    def read(self, part: int) -> Iterator[Image]:
-        """The images of a part, in source order; memory: a few requests' worth of bytes.
+    def read(self, part: int, ids: NDArray[np.int64] | None = None) -> Iterator[Image]:
+        """The images of a part, or those with these ids, in source order; memory: a few requests' worth of bytes.
 
         Raises InvalidInput where a parquet file or tar is not the one that was listed; a single image that is gone
         or changed comes without data, with the reason.
         """
-        yield from self._images(self.table(part))
+        rows = self.table(part)
+        yield from self._images(rows if ids is None else rows.filter(pc.is_in(rows["id"], pa.array(ids))))
 
     def fetch(self, keys: Sequence[str]) -> dict[str, bytes]:
         """Encoded bytes of some images by key, for showing them; cost: a few requests for each image.

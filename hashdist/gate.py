@@ -157,7 +157,9 @@ class Checks:
         if model.digest != proposed.manifest["model"]:
             return _check(name, False, 0.0, self.limits.agreement, f"{uri} is not the model that the version names")
         sources = [(codes, self.limits.parts) for codes in self.sources]
-        sources += [(codes, min(_PARTS_BEFORE, self.limits.parts)) for codes in self.before]
+        # an increment reads and encodes no image that is not of it
+        before = [codes for codes in self.before if "features" in codes.manifest()["inputs"]]
+        sources += [(codes, min(_PARTS_BEFORE, self.limits.parts)) for codes in before]
         share = -(-self.limits.probes // max(1, len(sources)))
         try:
             made = [_encoded_again(codes, model, proposed, share, parts) for codes, parts in sources]
@@ -165,7 +167,7 @@ class Checks:
             return _check(name, False, 0.0, self.limits.agreement, f"the model cannot encode what it should: {error}")
         ids = np.concatenate([np.empty(0, np.int64), *(again.ids for again in made)])
         if not len(ids):
-            return _skipped(name, "neither features nor images of the indexed rows are at hand")
+            return _skipped(name, "no features of indexed rows are at hand, nor images that were encoded just now")
         codes_NW = np.concatenate([again.codes_NW for again in made])
         stored_NW = proposed.codes(proposed.locate(ids))
         distances = np.bitwise_count(codes_NW ^ stored_NW).sum(1)
@@ -461,7 +463,7 @@ def _images(collection: Collection, rows: _Rows) -> tuple[Ids, Iterator[bytes]]:
     found = {
         image.id: image.data
         for part in np.unique(rows.parts)
-        for image in collection.read(int(part))
-        if image.data is not None and image.id in set(rows.ids[rows.parts == part].tolist())
+        for image in collection.read(int(part), rows.ids[rows.parts == part])
+        if image.data is not None
     }
     return np.array(list(found), np.int64), iter(list(found.values()))

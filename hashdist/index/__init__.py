@@ -15,6 +15,8 @@ Results come in (distance, id) order at any number of shards and threads (docs/d
   through `Index.transact`.
 - `view`: one version, opened. `change`: adding, changing and removing rows, planned again upon a winner.
 - `manifest`: what the record of a version says.
+- `promotion`: the gate before a commit, and candidates. `drift`: whether new rows are like the old ones. `probes`: the
+  sample by which versions are compared (docs/promotion.md).
 - `filters`, `engines`, `rerank`: which rows may answer, what looks at the codes, ranking by features (docs/search.md).
 - `retention`: tags, rollback, pins (`pins`), and the vacuum that expires versions. `verification`: every byte read.
   `compaction`, `erasure`: shards written again (`merging`), without hidden rows, or without certain images.

@@ -160,7 +160,7 @@ def chosen_format(uri: str, counts: Counter[Format], others: Iterable[Entry], se
 
 
 def _kind(name: str) -> Format | None:
-    suffix = PurePosixPath(name).suffix.lower()
+    suffix = name[name.rfind(".") :].lower() if "." in name else ""  # there may be 10**9 names: no path objects
     if suffix in EXTENSIONS:
         return "folder"
     return {".parquet": "parquet", ".tar": "webdataset"}.get(suffix)  # type: ignore[return-value]

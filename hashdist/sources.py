@@ -453,6 +453,8 @@ def _finished(sample: _Sample) -> _Sample:
 
 def is_hidden(name: str) -> bool:
     """Whether a file lies under a name that begins with a dot, or in what macOS adds to archives."""
+    if "/." not in name and not name.startswith(".") and "__MACOSX" not in name:
+        return False
     return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
 
 

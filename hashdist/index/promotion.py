@@ -53,8 +53,8 @@ def refused(uri: str, report: Mapping[str, Any]) -> Refused:
     return Refused(
         f"{uri}: the gate did not pass; the served content is as before, and what was made waits as a candidate\n"
         + "\n".join(lines)
-        + "\n  look at it (`hashdist search --candidate true`, open_index(uri, candidate=True)), mend the cause and "
-        "run again, `hashdist index promote --force true --reason TEXT`, or `hashdist index discard`"
+        + "\n  look at it (`hashdist search --candidate`, open_index(uri, candidate=True)), mend the cause and "
+        "run again, `hashdist index promote --force --reason TEXT`, or `hashdist index discard`"
     )
 
 

@@ -225,11 +225,11 @@ def test_a_promotion_by_force_is_recorded(tmp_path: Path, capsys: pytest.Capture
         build(world, world.codes(world.model(trained=False)))
     words = ["--root", world.root, "--index.name", "photos", "--json"]
     limits = ["--gate.sample", "400", "--gate.queries", "100", "--gate.recall_at", "10"]
-    assert main(["search", *words, "--candidate", "true", "--key", world.keys[3]]) == 0
+    assert main(["search", *words, "--candidate", "--key", world.keys[3]]) == 0
     assert json.loads(capsys.readouterr().out)["hits"][0]["distance"] == 0
     assert main(["index", "promote", *words, *limits]) == 1
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "Refused"
-    assert main(["index", "promote", *words, "--force", "true", "--reason", "shown to users"]) == 0
+    assert main(["index", "promote", *words, "--force", "--reason", "shown to users"]) == 0
     assert json.loads(capsys.readouterr().out)["forced"] == {"reason": "shown to users", "failed": ["quality"]}
     there.refresh()
     assert there.manifest["forced"] == {"reason": "shown to users", "failed": ["quality"]}

@@ -1,6 +1,7 @@
 """Artefacts that no kept version was made from: what is reached, what is withdrawn, in which order; killed anywhere."""
 
 import itertools
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -201,11 +202,15 @@ def test_what_is_made_again_is_whole_and_its_old_data_goes(root: Store) -> None:
 
 def test_a_vacuum_killed_at_any_call_leaves_nothing_half(tmp_path: Path) -> None:
     hit: set[int] = set()
+    root = open_store(str(tmp_path / "world"))
+    used, unused = [made(root, "codes", salt="used")], [made(root, "features"), made(root, "codes")]
+    index = create_index(root.child("indexes/a").uri, bits=16)
+    index.apply(codes_of([1]), ["a"], lineage={"built_from": used[0].name})
+    made_once = used, unused
     for crash_at in itertools.count():
+        shutil.copytree(tmp_path / "world", tmp_path / str(crash_at))
         root = open_store(str(tmp_path / str(crash_at)))
-        used, unused = [made(root, "codes", salt="used")], [made(root, "features"), made(root, "codes")]
-        index = create_index(root.child("indexes/a").uri, bits=16)
-        index.apply(codes_of([1]), ["a"], lineage={"built_from": used[0].name})
+        used, unused = ([Artefact(root, one.kind, one.name) for one in group] for group in made_once)
         calls, dead = itertools.count(), threading.Event()
 
         def die(call: str, calls: Any = calls, dead: Any = dead, crash_at: int = crash_at) -> None:
@@ -250,7 +255,8 @@ def test_of_training_runs_only_what_no_resumption_needs_goes(root: Store) -> Non
     }  # fmt: skip
 
 
-def test_the_command(root: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = open_store(str(tmp_path / "root"))
     used, unused = chain(root, "used"), chain(root, "unused")
     index = index_of(root, used[4], used[3], used[0], "images")
     monkeypatch.setattr(vacuum_artefacts, "__kwdefaults__", vacuum_artefacts.__kwdefaults__ | {"clock": later(8)})

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -595,15 +596,13 @@ def state(index: Index) -> tuple[set[str], Contents]:
 
 
 def test_a_vacuum_killed_at_any_call_is_finished_by_the_next(tmp_path: Path) -> None:
-    def world(name: str) -> Index:
-        index = replaced(str(tmp_path / name))
-        retention.tag(index, "kept", 4)
-        write_file(index.store, f"shards/{'a' * 32}/x.bin", b"killed")
-        return index
-
+    world = replaced(str(tmp_path / "world"))
+    retention.tag(world, "kept", 4)
+    write_file(world.store, f"shards/{'a' * 32}/x.bin", b"killed")
     hit: set[int] = set()
     for crash_at in itertools.count():
-        index = world(str(crash_at))
+        shutil.copytree(tmp_path / "world", tmp_path / str(crash_at))
+        index = open_index(str(tmp_path / str(crash_at)))
         calls, dead = itertools.count(), threading.Event()
 
         def die(call: str, calls: Any = calls, dead: Any = dead, crash_at: int = crash_at) -> None:

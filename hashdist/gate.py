@@ -12,7 +12,8 @@ in a first version hardly below that of random hyperplanes |
 Limits are settings (`gate`). What cannot be checked says why and does not fail: no model, no features, no labels, too
 few rows. The gate runs on what will be served, after every rebase, also for increments. Its cost does not grow with
 the index, but for finding the probe set in it: `gate.parts` files of features and `gate.probes` images through the
-model, `gate.queries` codes against `gate.sample` codes, and one search for `gate.sample` ids in the ids of all shards.
+model, `gate.queries` codes against `gate.sample` codes, and one search for `gate.sample` ids in all shards, which are
+fetched for it where the store is remote.
 """
 
 import time

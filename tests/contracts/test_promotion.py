@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from hashdist.bits import hamming
 from hashdist.errors import Conflict, InvalidInput, NotFound, Refused
 from hashdist.ids import image_ids
 from hashdist.index import Index, create_index, open_index
-from hashdist.index.manifest import content, files
+from hashdist.index.compaction import compact
+from hashdist.index.manifest import content, files, successor
 from hashdist.index.promotion import Gate, discard, promote
 from hashdist.index.view import View
+from hashdist.settings import IndexSettings
 from hashdist.shards import Rows, write_shard
 
 Codes = NDArray[np.uint8]
@@ -234,7 +237,7 @@ def test_a_new_model_is_switched_to_by_one_commit(uri: str) -> None:
     searcher.refresh()
     assert searcher.model == "m2"
     while (32, "m2") not in seen and not wrong:
-        pass
+        time.sleep(0.005)
     stop.set()
     for thread in threads:
         thread.join()
@@ -259,7 +262,18 @@ def test_the_older_version_of_a_content_is_one_commit_away(uri: str) -> None:
     holds(open_index(uri, version=2), dict(zip(keys, before, strict=True)))
 
 
-def _as_is(view: View) -> dict[str, Any]:
-    from hashdist.index.manifest import successor
+def test_a_compaction_is_no_obstacle_to_a_candidate(uri: str) -> None:
+    codes, keys = random_codes(60), names(60)
+    index = create_index(uri, bits=64, model="m1")
+    for part in np.array_split(np.arange(60), 3):
+        index.append(codes[part], [keys[row] for row in part])
+    with pytest.raises(Refused):
+        index.apply(random_codes(5, seed=1), names(5, "new"), removed=keys[:3], gate=says(False))
+    compact(index, IndexSettings(compact_small_shards=2))
+    assert len(index.view.shards) == 1
+    promote(index, force=True)
+    holds(open_index(uri), dict(zip(keys[3:] + names(5, "new"), [*codes[3:], *random_codes(5, seed=1)], strict=True)))
 
+
+def _as_is(view: View) -> dict[str, Any]:
     return successor(view.version, "tag", kept={"tags": {"here": view.number}})

@@ -9,7 +9,6 @@ version throughout, an actor that was started again knows what to do, and a shar
 machine's cache) from version to version.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from threading import Lock
@@ -30,6 +29,7 @@ from hashdist.index.filters import Filter
 from hashdist.index.radius import Use
 from hashdist.index.rerank import PART
 from hashdist.index.view import View
+from hashdist.shards import opening
 from hashdist.store.commit import Log, Version
 
 _VERSIONS_HELD = 2
@@ -60,7 +60,11 @@ class SpreadIndex(Index):
         }
         self._actors: list[Any] = [ray.remote(_Searcher).options(**options).remote() for _ in range(actors)]
         self._spread = SpreadView(self._log, index.view.version, index.view, self._actors)
-        self._spread.ready()
+        try:
+            self._spread.ready()
+        except BaseException:
+            self.close()
+            raise
         self._view = self._spread
 
     def refresh(self) -> bool:
@@ -194,8 +198,8 @@ class _Searcher:
 
     def __init__(self) -> None:
         telemetry.set_sink(distributed.RaySink())
-        self._views: OrderedDict[str, View] = OrderedDict()
-        self._lock = Lock()
+        self._views: dict[str, View] = {}
+        self._opening = Lock()
 
     def matching(self, name: str, part: list[Any], where: Filter | None) -> int:
         """Live rows here that match."""
@@ -243,18 +247,22 @@ class _Searcher:
         return which, view.keys_of(here.ids) if what == "keys" else view.features(here.ids)
 
     def _view(self, name: str, part: list[Any]) -> View:
-        with self._lock:
+        held = self._views.get(name)
+        if held is not None:
+            return held
+        with self._opening:  # searches of the version before go on meanwhile
             if name not in self._views:
-                before = next(reversed(self._views.values()), None)
                 log, version = ray.get(part[0])
-                self._views[name] = _opened(log, version, before)
-                while len(self._views) > _VERSIONS_HELD:
-                    self._views.popitem(last=False)
+                view = _opened(log, version, next(reversed(self._views.values()), None))
+                # replaced as a whole, so that a look needs no lock
+                self._views = dict([*self._views.items(), (name, view)][-_VERSIONS_HELD:])
             return self._views[name]
 
 
 def _opened(log: Log, version: Version, before: View | None) -> View:
     """Some shards of a version as a version of their own: `rows` is the number of live ones among theirs."""
     view = View(log, version, before)
+    for _ in opening(view.shards):
+        pass
     rows = sum(shard.rows - len(view.dead_rows(number)) for number, shard in enumerate(view.shards))
     return View(log, Version(version.number, {**version.manifest, "rows": rows}), view)

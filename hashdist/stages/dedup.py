@@ -14,7 +14,7 @@ import io
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from typing import Any, NamedTuple
 
@@ -159,6 +159,8 @@ def _since(index: Index, options: DedupOptions) -> _Work:
     if before.manifest["bits"] != view.manifest["bits"]:
         return _afresh(view, options)
     joined, gone = _difference(before, view)
+    if 2 * len(joined.ids) > index.rows:  # comparing these with all is more than comparing all
+        return replace(_afresh(view, options), joined=len(joined.ids), gone=len(gone))
     broken = np.isin(previous.clusters, previous.clusters[np.isin(previous.ids, gone)])
     remaining = np.setdiff1d(previous.ids[broken], gone)
     known = duplicates.stars(previous.ids[~broken], previous.clusters[~broken])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hashdist import cli
 from hashdist.bits import hamming
-from hashdist.errors import AlreadyExists, InvalidInput
+from hashdist.errors import AlreadyExists, InvalidInput, NotFound
 from hashdist.index import Index, create_index, open_index
 from hashdist.index.compaction import compact
 from hashdist.settings import ClusterSettings, DedupOptions
@@ -167,6 +167,35 @@ def test_only_what_joined_is_compared(tmp_path: Path) -> None:
     done, found = run(index, tmp_path / "c.parquet", previous=str(tmp_path / "b.parquet"))
     assert (done["joined"], done["gone"], done["tasks"]) == (3, 0, 2)
     assert {"x", "y", "z"} <= set(found)
+
+
+def test_where_the_earlier_version_is_gone_or_little_of_it_is_left_all_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = built(str(tmp_path / "index"), np.random.default_rng(0), [100])
+    run(index, tmp_path / "a.parquet")
+    index.append(np.zeros((150, 8), np.uint8), [f"new{i}" for i in range(150)])
+    done, found = run(index, tmp_path / "b.parquet", previous=str(tmp_path / "a.parquet"))
+    assert found == brute(index, 2)
+    assert (done["joined"], done["gone"], done["tasks"]) == (150, 0, 1)
+
+    def vacuumed(*_: Any, **__: Any) -> Index:
+        raise NotFound("version 2 was vacuumed")
+
+    monkeypatch.setattr(dedup, "open_index", vacuumed)
+    done, found = run(index, tmp_path / "c.parquet", previous=str(tmp_path / "a.parquet"))
+    assert found == brute(index, 2)
+    assert done["joined"] is None
+    assert "version 2 was vacuumed" in capsys.readouterr().err
+
+
+def test_forests_are_cut_down_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dedup, "_EDGES_KEPT", 10)
+    monkeypatch.setattr(dedup, "_TASKS_FOR_RAY", 1000)
+    index = built(str(tmp_path / "index"), np.random.default_rng(0), [300, 200])
+    done, found = run(index, tmp_path / "a.parquet", block_rows=100)
+    assert done["tasks"] == 15
+    assert found == brute(index, 2)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -133,26 +133,32 @@ def build(settings: Settings) -> float:
         listed = open_artefact(collection.run(settings)["snapshot"], "collections")
         made = open_artefact(features.run(settings, listed)["snapshot"], "features")
         paused = time.perf_counter()
-        model = untrained(settings, made.manifest())
+        model = untrained(settings, made)
         started += time.perf_counter() - paused
         codes = open_artefact(encode.run(settings, model, made)["snapshot"], "codes")
         index.run(settings, codes)
     return time.perf_counter() - started
 
 
-def untrained(settings: Settings, backbone: dict[str, Any]) -> Any:
-    """A committed model with DSAH's head as it is before training."""
+def untrained(settings: Settings, features: Any) -> Any:
+    """A committed model with DSAH's head as it is before training, each bit set so that it halves the images."""
     import torch
     from safetensors import torch as safetensors
 
     from hashdist.methods.contract import find_method, method_settings
     from hashdist.model import describe
     from hashdist.networks import open_network, state_bytes
+    from hashdist.schema import from_vectors
+    from hashdist.snapshots import vectors
     from hashdist.store import open_store
     from hashdist.store.commit import Artefact, write_file
 
     method = find_method("dsah")
+    backbone, sample = features.manifest(), next(vectors(features, "feature"))
     head = method.network(method_settings(method, "paper"), backbone["width"], BITS, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z = head(torch.from_numpy(np.float32(from_vectors(sample["feature"], sample.schema))))["z"]
+        head.hash.bias -= z.median(0).values
     made = Artefact(open_store(settings.root), "models", "0" * 32)
     weights = write_file(made.store, made.new_name(".safetensors"), safetensors.save(head.state_dict()))
     state = write_file(made.store, made.new_name(".safetensors"), state_bytes(open_network(settings.features)))

@@ -120,6 +120,7 @@ def test_growth_gives_the_codes_of_a_fresh_build(
     assert (idle["version"], idle["unreadable"], idle["listed"]) == (first.version, 1, 61)
     assert telemetry.traffic().since(before).written == 0
 
+    again = int(form != "folder")  # what is bad is tried again when the file that it is in is another
     with monkeypatch.context() as patch:  # nothing of Ray is needed for a few images
         patch.setattr(distributed, "session", None)
         images |= {f"{i % 3}/{i:03d}.png": world.png(i, 24) for i in range(60, 70)}
@@ -128,7 +129,7 @@ def test_growth_gives_the_codes_of_a_fresh_build(
             del images[key]
         write_images(base, form, images)
         grown = growth.reindex(settings)
-    assert [grown[name] for name in ("added", "changed", "removed", "encoded", "failed")] == [10, 5, 2, 15, 0]
+    assert [grown[name] for name in ("added", "changed", "removed", "encoded", "failed")] == [10, 5, 2, 15, again]
     fresh = (tmp_path / "fresh").as_uri()
     built(fresh, base, mode)
     assert everything(root) == everything(fresh)
@@ -142,9 +143,9 @@ def test_growth_gives_the_codes_of_a_fresh_build(
     write_images(base, form, images)
     through_ray = growth.reindex(settings, ReindexOptions(in_process=3))
     assert [through_ray[name] for name in ("added", "changed", "removed", "encoded")] == [20, 5, 1, 25]
-    assert through_ray["failed"] == 2
-    again = growth.reindex(settings)
-    assert (again["version"], again["unreadable"]) == (through_ray["version"], 3)
+    assert through_ray["failed"] == 2 + again
+    idle = growth.reindex(settings)
+    assert (idle["version"], idle["unreadable"]) == (through_ray["version"], 3)
     last = (tmp_path / "last").as_uri()
     built(last, base, mode)
     assert everything(root) == everything(last)

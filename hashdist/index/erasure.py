@@ -8,7 +8,7 @@ files go. Only then are these deleted. A purge that was killed in between is fin
 
 - Another writer that commits first: everything is planned again upon what it committed, so what it brought is
   searched too. A writer that adds one of the keys afterwards adds an image like any other.
-- Files that only expired versions, former candidates or former probe sets name, are deleted if they hold an image.
+- Files that only expired versions, former candidates, rewrites or probe sets name, are deleted if they hold an image.
 - Files that no record names (of writers that were killed, or are at work) cannot be told apart by what they hold; they
   are counted, and a vacuum collects them.
 - Pins do not hold a purge up: readers of older versions that have not opened a file yet get NotFound, and open again.
@@ -274,6 +274,8 @@ class _Purge:
         named: dict[tuple[str, str], Entry] = {}
         for record in self._records.values():
             named |= _entries([record, *([record["candidate"]] if record.get("candidate") else [])])
+            again = [entry for entry in record.get("rewrites", {}).values() if entry]
+            named |= {("shards" if "parts" in e else e["path"].partition("/")[0], e["path"]): e for e in again}
         gone = head.get("rewrites", {})
         found = [e for k, e in named.items() if k not in readable and k[1] not in gone and self._holds(k[0], e)]
         kept = None if self.plan.drops_probes else head.get("probes")

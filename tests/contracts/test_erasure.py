@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hashdist import ids as ids_module
 from hashdist.bits import hamming
 from hashdist.errors import Conflict, InvalidInput, Refused
-from hashdist.index import Index, change, create_index, open_index, promotion, retention
+from hashdist.index import Index, change, create_index, open_index, promotion, retention, verification
 from hashdist.index.compaction import compact
 from hashdist.index.erasure import Erased, purge
-from hashdist.index.manifest import content, successor
+from hashdist.index.manifest import content, kept_numbers, successor
 from hashdist.index.seen import SEEN
 from hashdist.settings import IndexSettings
 from hashdist.store import open_store
@@ -224,6 +224,19 @@ def test_former_candidates_and_expired_versions(local: str) -> None:
     assert index.rows == len(list(open_index(local).keys()))
 
 
+def test_a_purge_after_a_vacuum(local: str) -> None:
+    """What stood in the place of files of versions that are expired now is erased as well."""
+    index, history, codes = grown(local)
+    purge(index, ["secret-one"])
+    purge(index, ["a4"])
+    retention.tag(index, "kept", 5)
+    retention.vacuum(index, 0.0, force=True)
+    purge(index, ["secret-two"])
+    assert traces(local, *needles("secret-one", codes[[0, 2, 3]]), *needles("secret-two", codes[[1, 4]])) == []
+    check_history(local, {5: history[5]}, {"secret-one", "secret-two", "a4"})
+    assert verification.verify(index).faults == []
+
+
 def test_keys_with_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight ids for a first try: erasing a key leaves its neighbours, and what hides their old rows, alone."""
 
@@ -357,12 +370,12 @@ STEPS = st.one_of(
     st.tuples(st.just("append"), KEYS),
     st.tuples(st.just("delete"), KEYS),
     st.tuples(st.just("purge"), KEYS.map(lambda keys: keys[:2])),
-    st.tuples(st.sampled_from(["compact", "rollback"]), st.just([])),
+    st.tuples(st.sampled_from(["compact", "rollback", "tag", "vacuum"]), st.just([])),
 )
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(STEPS, max_size=12), seed=st.integers(0, 1000))
+@given(steps=st.lists(STEPS, max_size=14), seed=st.integers(0, 1000))
 def test_any_history_equals_dicts(tmp_path_factory: Any, steps: list[Any], seed: int) -> None:
     rng = np.random.default_rng(seed)
     folder = str(tmp_path_factory.mktemp("h") / "i")
@@ -388,10 +401,15 @@ def test_any_history_equals_dicts(tmp_path_factory: Any, steps: list[Any], seed:
                 assert traces(folder, *needles(key, codes_of.pop(key, []))[1:]) == []
         elif verb == "compact":
             compact(index, IndexSettings(shard_rows=9), everything=bool(rng.integers(2)))
-        else:
+        elif verb == "rollback":
             to = int(rng.choice(list(history)))
             retention.rollback(index, to)
             model = dict(history[to])
+        elif verb == "tag":
+            retention.tag(index, f"t{index.version}", int(rng.choice(list(history))))
+        else:
+            retention.vacuum(index, 0.0, force=True)
+            history = {version: history[version] for version in kept_numbers(index.manifest) if version in history}
         history[index.version] = dict(model)
         check(open_index(folder), model)
     check_history(folder, history, set())

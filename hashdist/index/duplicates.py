@@ -30,6 +30,7 @@ _MOST_SORTS = 120
 _SAMPLE = 4096
 _SORT_NS = 400.0  # a code, hashed, sorted and gathered
 _PAIR_NS = 0.6  # a word of a pair, compared
+_FEW = 8  # so many times fewer rows are few: the others are then searched, not sorted
 _AT_ONCE = 256  # codes compared with one code before any of them is looked at
 
 
@@ -53,7 +54,9 @@ def within(block: Block, radius: int) -> Edges:
 
 def between(left: Block, right: Block, radius: int) -> Edges:
     """As `within`, of the pairs that have one row in each block. The same row may be in both."""
-    a, b = _distinct(left)[0], _distinct(right)[0]
+    few, many = sorted((left, right), key=lambda block: len(block.ids))
+    a = _distinct(few)[0]
+    b = _distinct(many)[0] if len(many.ids) < _FEW * len(few.ids) else many
     return _joined(np.concatenate([a.ids, b.ids]), np.concatenate([a.codes, b.codes]), len(a.ids), radius)
 
 
@@ -104,18 +107,28 @@ def _words(codes_NW: NDArray[np.uint8]) -> NDArray[np.uint64]:
 def _joined(ids: NDArray[np.int64], codes_NW: NDArray[np.uint8], left: int | None, radius: int) -> Edges:
     """A forest of the pairs within the radius; with `left`, of those between the first so many rows and the others."""
     n = len(ids)
-    if n < 2 or (radius == 0 and left is None):
+    if n < 2 or left in (0, n) or (radius == 0 and left is None):
         return no_edges()
     words_VN = _words(codes_NW)
     parents, found = np.arange(n), np.empty((n, 2), np.int64)
     count = 0
     for mask_V in _masks(words_VN, left, radius):
         keys_N = _keys(words_VN, mask_V)
-        order = np.argsort(keys_N, kind="stable")
+        order = _sorted(keys_N, left)
         count = _join_buckets(keys_N[order], words_VN[:, order], order, left or 0, radius, parents, found, count)
     edges: Edges = ids[found[:count]]
     other: Edges = edges[edges[:, 0] != edges[:, 1]]  # a row may be on both sides
     return other
+
+
+def _sorted(keys_N: NDArray[np.uint64], left: int | None) -> NDArray[np.int64]:
+    """Rows by key; where few rows are joined with many, without those of the many whose key none of the few has."""
+    if left is None or len(keys_N) < _FEW * left:
+        return np.argsort(keys_N, kind="stable")
+    wanted, keys = np.unique(keys_N[:left]), keys_N[left:]
+    shared = np.flatnonzero(wanted[np.searchsorted(wanted, keys).clip(max=len(wanted) - 1)] == keys)
+    rows = np.concatenate([np.arange(left), left + shared])
+    return rows[np.argsort(keys_N[rows], kind="stable")]
 
 
 def _keys(words_VN: NDArray[np.uint64], mask_V: NDArray[np.uint64]) -> NDArray[np.uint64]:

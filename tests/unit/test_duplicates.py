@@ -79,8 +79,9 @@ def test_two_blocks_are_joined_across_and_the_same_row_may_be_in_both(
 
 
 @pytest.mark.parametrize(("radius", "width"), [(0, 8), (1, 8), (2, 8), (3, 8), (3, 16), (5, 4)])
-def test_buckets_find_what_all_pairs_find(radius: int, width: int) -> None:
-    """Enough rows that buckets pay, near-duplicates planted among random codes."""
+def test_buckets_find_what_all_pairs_find(radius: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorts that cost little, so that buckets pay; near-duplicates planted among random codes."""
+    monkeypatch.setattr(duplicates, "_SORT_NS", 10.0)
     rng = np.random.default_rng(radius)
     codes = rng.integers(0, 256, (4000, width), dtype=np.uint8)
     bits = np.unpackbits(codes[:800], axis=1)
@@ -90,6 +91,21 @@ def test_buckets_find_what_all_pairs_find(radius: int, width: int) -> None:
     if radius <= 3 and radius:
         assert len(duplicates._masks(duplicates._words(rows.codes), None, radius)) > 1
     assert found(duplicates.within(rows, radius)) == clusters_of(rows.ids, all_pairs(rows, rows, radius))
+
+
+@pytest.mark.parametrize("few", [0, 1, 300])
+def test_a_few_rows_are_joined_with_many(few: int) -> None:
+    rng = np.random.default_rng(few)
+    codes = rng.integers(0, 256, (5000, 8), dtype=np.uint8)
+    codes[:few] = codes[4000 : 4000 + few] ^ (rng.random((few, 8)) < 0.2)
+    codes[4100:4200] = codes[0]
+    rows = Block(np.arange(5000) * 2 - 3000, codes)
+    left, right = Block(rows.ids[:few], codes[:few]), Block(rows.ids[few // 2 :], codes[few // 2 :])
+    expected = clusters_of(rows.ids, [pair for pair in all_pairs(left, right, 2) if pair[0] != pair[1]])
+    for across in (duplicates.between(left, right, 2), duplicates.between(right, left, 2)):
+        joined = np.concatenate([across, duplicates.within(right, 0), duplicates.within(left, 0)])
+        same = [pair for side in (left, right) for pair in all_pairs(side, side, 0)]
+        assert found(joined) == clusters_of(rows.ids, [*expected.items(), *same])
 
 
 def test_masks_cover_every_way_to_differ() -> None:

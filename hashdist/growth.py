@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from hashdist import telemetry
 from hashdist.collections import KIND, subset
-from hashdist.errors import Conflict, InvalidInput
+from hashdist.errors import Conflict, InvalidInput, Refused
 from hashdist.index import Applied, compaction, drift, open_index
 from hashdist.progress import say
 from hashdist.schema import OK, from_vectors
@@ -92,8 +92,12 @@ class _Run:
             return self._said(found, plan, None, "nothing new")
         with self.costs.of("encode"):
             plan = self._encode(found, plan)
-        with self.costs.of("commit"):
-            applied = self._commit(found)
+        try:
+            with self.costs.of("commit"):
+                applied = self._commit(found)
+        except Refused:
+            say(f"reindex: {self._counted()} images encoded ({self.costs.line()})")
+            raise
         if applied.version == self.version:
             return self._said(found, plan, applied, "nothing new")
         self.result["compacted"] = self._compact()
@@ -205,11 +209,17 @@ class _Run:
         """Merge shards and drop hidden rows when it is due; returns why it was."""
         reason = compaction.due(self.index.manifest, self.settings.index)
         if reason:
-            with self.costs.of("compact"):
-                compaction.compact(self.index, self.settings.index)
+            try:
+                with self.costs.of("compact"):
+                    compaction.compact(self.index, self.settings.index)
+            except Conflict as error:  # what was committed stays committed
+                say(f"reindex: not compacted: {error}; the next run tries again")
         return reason
 
     # What is said
+
+    def _counted(self) -> int:
+        return sum(len(codes) for codes in self.outcome.codes)
 
     def _said(self, found: Found, plan: dict[str, Any], applied: Applied | None, summary: str) -> dict[str, Any]:
         counts: dict[str, Any] = {
@@ -219,7 +229,7 @@ class _Run:
             "removed": applied.removed if applied else 0,
             "unchanged": found.change.unchanged,
             "unreadable": found.change.failed,
-            "encoded": sum(len(codes) for codes in self.outcome.codes),
+            "encoded": self._counted(),
             "failed": self.outcome.failed.total(),
             "reasons": dict(self.outcome.failed),
         }

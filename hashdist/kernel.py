@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, no_type_check
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -87,6 +88,20 @@ def load(_typing: Any, address: Any, index: Any, like: Any) -> Any:
         return builder.load(builder.gep(base, [arguments[1]]), align=1)
 
     return like.dtype(address, index, like), generate
+
+
+@intrinsic
+def prefetch(_typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, which may lie anywhere."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        form = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], form)
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(address), generate
 
 
 @intrinsic

@@ -19,10 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashdist.errors import InvalidInput
-from hashdist.kernel import AS_ID, cores, differing, is_dead, kernel, load, mark_below, marked, narrow, plus, spread
+from hashdist.kernel import (
+    AS_ID,
+    cores,
+    differing,
+    is_dead,
+    kernel,
+    load,
+    mark_below,
+    marked,
+    narrow,
+    plus,
+    prefetch,
+    spread,
+)
 from hashdist.order import blocks
 
 _BLOCK = 512  # codes looked at together: 4 KiB of 64-bit codes
+_AHEAD_BYTES = 4096  # of the next block, prefetched while few queries look at one
+_LINE, _PAGE = 64, 4096  # bytes of a cache line and of a page
 _GROUP = 64  # codes looked at together once their block has a hit
 _COLUMNS_FROM = 4  # queries from which turning a block of wide codes word by word pays
 _ROWS_PER_TASK = 1 << 16  # a task is not worth a thread's while below this many codes
@@ -349,9 +364,30 @@ def _any_below(block, start, stop, queries, q, form, turned, cut):
 
 @kernel
 @no_type_check
+def _block_rows(like, form, turned):
+    """Codes of a block: what is prefetched at once must not be too much."""
+    return _BLOCK if len(turned) else max(_GROUP, min(_BLOCK, _AHEAD_BYTES // (len(form) * like.itemsize)))
+
+
+@kernel
+@no_type_check
+def _lead(codes, row, like, form, turned, step):
+    """Rows by which the first block is shorter, so that blocks end where pages of memory do, as prefetching does."""
+    size = len(form) * like.itemsize
+    return 0 if len(turned) else (codes + row * size) % _PAGE // size % step
+
+
+@kernel
+@no_type_check
 def _open_block(codes, start, stop, like, form, turned, buffer):
-    """Address of the block and index of its first code there, turned into `buffer` where that is asked for."""
+    """Address of the block and index of its first code there, turned into `buffer` where that is asked for.
+
+    A block that is not turned is looked at by few queries, faster than the memory's own guesses bring the next one.
+    """
     if len(turned) == 0:
+        size = len(form) * like.itemsize
+        for line in range(stop * size, (2 * stop - start) * size, _LINE):
+            prefetch(codes + line)
         return codes, start
     for r in range(stop - start):
         for w in range(len(form)):
@@ -427,13 +463,14 @@ def _nearest(pieces, queries, form, turned, levels, out_distances, out_ids, out_
     old_distances, new_distances = np.empty(k, np.int32), np.empty(k, np.int32)
     old_ids, new_ids = np.empty(k, np.int64), np.empty(k, np.int64)
     buffer = np.empty((len(form), _BLOCK), queries.dtype)
+    step = _block_rows(queries, form, turned)
     for p in range(len(pieces)):
         codes, row0, row1, ids, dead = pieces[p]
         for q in range(count):
             held[q] = 0
             cut_of[q], nearer[q] = _seed(out_distances[q], out_counts[q], seen[q], k)
-        for start in range(row0, row1, _BLOCK):
-            stop = min(start + _BLOCK, row1)
+        for place in range(row0 - _lead(codes, row0, queries, form, turned, step), row1, step):
+            start, stop = max(place, row0), min(place + step, row1)
             block, first = _open_block(codes, start, stop, queries, form, turned, buffer)
             last = first + stop - start
             for q in range(count):
@@ -512,10 +549,11 @@ def _within(pieces, queries, form, turned, levels):
     found_distances = np.empty(1024, np.int32)
     held = 0
     buffer = np.empty((len(form), _BLOCK), queries.dtype)
+    step = _block_rows(queries, form, turned)
     for p in range(len(pieces)):
         codes, row0, row1, ids, dead = pieces[p]
-        for start in range(row0, row1, _BLOCK):
-            stop = min(start + _BLOCK, row1)
+        for place in range(row0 - _lead(codes, row0, queries, form, turned, step), row1, step):
+            start, stop = max(place, row0), min(place + step, row1)
             block, first = _open_block(codes, start, stop, queries, form, turned, buffer)
             last = first + stop - start
             for q in range(len(queries)):

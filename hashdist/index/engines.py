@@ -37,7 +37,7 @@ from hashdist.errors import InvalidInput
 from hashdist.index.filters import Filter, Searched
 from hashdist.order import blocks
 from hashdist.progress import say
-from hashdist.shards import Shard
+from hashdist.shards import Shard, opening
 
 if TYPE_CHECKING:
     from hashdist.index.view import View
@@ -73,8 +73,8 @@ class _ByShard:
     def nearest(self, view: "View", queries_QW: Codes, k: int, where: Filter | None) -> scan.Nearest:
         """See Engine."""
         best = _nothing(len(queries_QW))
-        for number, shard in enumerate(view.shards):
-            searched = view.searched(number, where)
+        for number in opening(view.shards):
+            shard, searched = view.shards[number], view.searched(number, where)
             if len(searched.ids_N):
                 found = self._nearest(shard, searched, queries_QW, k)
                 found = found._replace(rows_QK=searched.ids_N[found.rows_QK.clip(min=0)])
@@ -84,8 +84,8 @@ class _ByShard:
     def within(self, view: "View", queries_QW: Codes, radius: int, where: Filter | None) -> scan.Ball:
         """See Engine."""
         found = []
-        for number, shard in enumerate(view.shards):
-            searched = view.searched(number, where)
+        for number in opening(view.shards):
+            shard, searched = view.shards[number], view.searched(number, where)
             if len(searched.ids_N):
                 ball = self._within(shard, searched, queries_QW, radius)
                 found.append(ball._replace(rows=searched.ids_N[ball.rows]))

@@ -6,8 +6,8 @@ log goes from every version to the next. Everything else says how this one versi
 Content: `bits`, `bit_order`, `model`, `model_uri`, `collection`, `built_from`, `failed_in`, `rows` (live ones),
 `shards`, `tombstones`, `salts` (the last three are entries of files, each with the `version` it joined the index in),
 `seen` (likewise: hashdist/index/seen.py), `sources` (entry of the stamps of the files whose images it has all),
-`listed_at` (unix seconds: what the collection had then is in it), `vocabulary` (numbers of labels given as text), `quality` (what the last
-gate measured of it), `rerank` (what features the shards keep: hashdist/index/rerank.py).
+`listed_at` (unix seconds: what the collection had then is in it), `vocabulary` (numbers of labels given as text),
+`quality` (what the last gate measured of it), `rerank` (what features the shards keep: hashdist/index/rerank.py).
 
 Kept: `tags` (name: version), `expired` (ranges of version numbers whose files may be gone), `revoked` (attempts whose
 files may be gone: nothing of theirs can be committed any more), `candidate` (content that waits for promotion; absent

@@ -179,11 +179,15 @@ class View:
             engine: what looks at the codes; None = the scan.
         """
         if engine is not None:
-            return engine.nearest(self, queries_QW, k, where)
+            return self.complete(engine.nearest(self, queries_QW, k, where), k, where)
         with _timed("load"):
             parts = self._parts(where)
         with _timed("scan"):
             found = scan.nearest_of(parts, queries_QW, k)
+        return self.complete(found, k, where)
+
+    def complete(self, found: scan.Nearest, k: int, where: Filter | None) -> scan.Nearest:
+        """`found`, which must hold k rows for every query. Raises Corrupt."""
         if found.rows_QK.shape[1] < k or (found.counts_Q != k).any():
             raise Corrupt(f"{self.uri}, version {self.number} must hold {self.matching(where)} such rows; verify it")
         return found

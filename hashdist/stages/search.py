@@ -138,7 +138,8 @@ class SpreadView(View):
     ) -> scan.Nearest:
         """See View."""
         found = self._ask("nearest", ray.put(queries_QW), k, where, engine)
-        return reduce(lambda a, b: scan.merge(a, b, k), (scan.Nearest(*map(np.array, part)) for part in found))
+        parts = (scan.Nearest(*map(np.array, part)) for part in found)  # what Ray hands over is read-only
+        return self.complete(reduce(lambda a, b: scan.merge(a, b, k), parts), k, where)
 
     def within(
         self,

@@ -118,7 +118,7 @@ def test_within_a_shard(tmp_path: Path) -> None:
     assert (done["clusters"], done["tasks"], set(found)) == (2, 3, set("abcd"))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_from_an_earlier_file_comes_what_a_fresh_run_finds(tmp_path: Path, seed: int) -> None:
     """Rows added, changed, removed, brought back, moved by compaction: each step starts from the one before."""
     rng = np.random.default_rng(seed)

@@ -51,7 +51,7 @@ def block(rng: np.random.Generator, n: int, width: int, varied_bits: int, first:
     st.integers(0, 24),
     st.integers(0, 9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_clusters_are_those_of_all_pairs(seed: int, n: int, width: int, varied: int, radius: int) -> None:
     rng = np.random.default_rng(seed)
     rows = block(rng, n, width, min(varied, width * 8))
@@ -61,7 +61,7 @@ def test_clusters_are_those_of_all_pairs(seed: int, n: int, width: int, varied: 
 
 
 @given(st.integers(0, 2**32), st.sampled_from([1, 8, 12]), st.integers(2, 24), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_two_blocks_are_joined_across_and_the_same_row_may_be_in_both(
     seed: int, width: int, varied: int, radius: int
 ) -> None:

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from PIL import Image
 
 from hashdist import cli, growth, telemetry
 from hashdist.collections import Collection
-from hashdist.errors import InvalidInput
+from hashdist.errors import InvalidInput, Refused
 from hashdist.index import open_index
 from hashdist.index.seen import MOST_FILES
 from hashdist.model import load_model
 from hashdist.schema import OK
-from hashdist.settings import ReindexOptions
+from hashdist.settings import GateSettings, ReindexOptions
 from hashdist.sources import FolderReader, content_digest
 from hashdist.stages import reindex as stage
 from hashdist.store import open_store
@@ -534,3 +535,37 @@ def _never_killed(root: str, tmp_path: Path) -> None:
     base = tmp_path / "alone-images"
     grown_world(root, base)
     growth.reindex(world.settings_of(root, base))
+
+
+# What comes after the commit
+
+
+def test_an_index_of_many_small_increments_is_compacted(tmp_path: Path) -> None:
+    root, base = (tmp_path / "root").as_uri(), tmp_path / "images"
+    world.empty_index(root)
+    settings = world.settings_of(root, base)
+    settings = replace(settings, index=replace(settings.index, compact_small_shards=3))
+    images: dict[str, bytes] = {}
+    reasons = []
+    for run in range(4):
+        images |= {f"{run}-{i}.png": world.png(10 * run + i) for i in range(5)}
+        write_folder(base, images)
+        reasons.append(growth.reindex(settings)["compacted"])
+    assert [bool(reason) for reason in reasons].count(True) >= 1
+    assert len(open_index(f"{root}/indexes/photos").manifest["shards"]) < 4
+    same_answers(root, images)
+    assert growth.reindex(settings)["encoded"] == 0  # sizes and stamps went with the rows
+
+
+def test_a_refused_increment_waits_and_what_is_served_stays(tmp_path: Path) -> None:
+    root, base = (tmp_path / "root").as_uri(), tmp_path / "images"
+    images = {f"{i}.png": world.png(i) for i in range(20)}
+    world.write(base, images)
+    world.empty_index(root)
+    settings = replace(world.settings_of(root, base), gate=GateSettings())
+    growth.reindex(settings)
+    for i in range(10):
+        (base / f"{i}.png").unlink()
+    with pytest.raises(Refused, match="10 rows, 20 are served"):
+        growth.reindex(settings)
+    same_answers(root, images)

@@ -89,6 +89,7 @@ def images(folder: Path, data: Path, count: int, change: float) -> dict[str, Any
         "build_s": round(build_s, 1),
         **{name: changed[name] for name in ("added", "changed", "removed", "encoded", "failed", "version")},
         "process_s": round(changed["process_s"], 1),
+        "process_cpu_s": round(changed["process_cpu_s"], 1),
         "of_build": round(changed["process_s"] / build_s, 3),
         "limit_s": round(limit_s, 1),
         "within": changed["encoded"] == 2 * half and changed["process_s"] <= limit_s,
@@ -96,6 +97,7 @@ def images(folder: Path, data: Path, count: int, change: float) -> dict[str, Any
         "actual": changed["actual"],
         "costs": changed["costs"],
         "nothing_new_s": round(idle["process_s"], 1),
+        "nothing_new_cpu_s": round(idle["process_cpu_s"], 1),
         "nothing_new_costs": idle["costs"],
         "cpus": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
@@ -187,10 +189,12 @@ def reindex(settings: Settings) -> dict[str, Any]:
     """`hashdist reindex` as a process; its result, and its seconds as `process_s`."""
     words = ["reindex", "--json", "--root", settings.root, "--index.name", settings.index.name, "--gate.floor", "0"]
     words += ["--collection.uri", settings.collection.uri, "--collection.labels", "false"]
-    started = time.perf_counter()
+    started, before = time.perf_counter(), os.times()
     done = subprocess.run([sys.executable, "-c", _COMMAND, *words], stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**result, "process_s": time.perf_counter() - started}
+    spent = os.times()
+    cpu_s = spent.children_user + spent.children_system - before.children_user - before.children_system
+    return {**result, "process_s": time.perf_counter() - started, "process_cpu_s": cpu_s}
 
 
 # Many names

@@ -99,7 +99,10 @@ def everything(root: str) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-@pytest.mark.parametrize(("form", "mode"), [("folder", "frozen"), ("folder", "images"), ("parquet", "frozen")])
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [("folder", "frozen"), ("parquet", "frozen"), pytest.param("folder", "images", marks=pytest.mark.full)],
+)
 def test_growth_gives_the_codes_of_a_fresh_build(
     form: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,10 @@ def find(settings: Settings, index: Index, options: ReindexOptions, costs: Costs
     `read_changes`; for an inventory older than what the index has seen already.
     """
     view = index.view
+    if options.changes and options.inventory:
+        raise InvalidInput("a re-index follows --changes or reads an --inventory, found both; give one of them")
+    if settings.collection.snapshot:
+        raise InvalidInput("a re-index lists the collection as it is now; leave out --collection.snapshot")
     if options.changes:
         return _find_changes(settings, view, options, costs)
     with Spill(LISTED) as images:

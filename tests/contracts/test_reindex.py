@@ -403,6 +403,10 @@ def test_an_index_without_a_model_or_a_wrong_collection_is_refused(tmp_path: Pat
         growth.reindex(world.settings_of(root, tmp_path / "none"))
     with pytest.raises(InvalidInput, match=r"give --collection\.uri"):
         growth.reindex(world.settings_of(root, ""))
+    with pytest.raises(InvalidInput, match="give one of them"):
+        growth.reindex(world.settings_of(root, tmp_path), ReindexOptions(changes="a", inventory="b"))
+    with pytest.raises(InvalidInput, match=r"leave out --collection\.snapshot"):
+        growth.reindex(world.settings_of(root, tmp_path, snapshot="x"))
 
 
 def test_pictures_that_came_later_are_found_by_key(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def config(images: Path, root: str, tmp_path_factory: pytest.TempPathFactory) ->
         f"collection: {{uri: {images}, part_rows: 128}}\n"
         "graph: {protocol: digits}\n"
         "train: {bits: 16, workers: 1, options: {rounds: 2, epochs: 1, lr: 0.001}}\n"
-        "index: {name: digits, shard_rows: 128}\n"
+        "index: {name: digits, shard_rows: 128, rerank: true}\n"
         "evaluate: {protocol: digits, cut: 100, baselines: [itq]}\n"
     )
     return str(path)
@@ -96,7 +96,15 @@ def test_images_to_answers_on_s3(
     sheet = tmp_path / "sheet.html"
     code, by_key = run(capsys, "search", "--config", config, "--key", "3/0003.png", "--k", "5", "--html", str(sheet))
     assert by_key["hits"] == by_image["hits"][:5]
-    assert sheet.read_text().count("data:image/png;base64") == 5
+    assert sheet.read_text().count("data:image/png;base64") == 6  # the query's own picture too
+    assert by_key["hits"][0]["uri"] == f"{images.as_uri()}/3/0003.png"
+    for given in (["--image", str(query)], ["--key", "3/0003.png"]):
+        code, ranked = run(capsys, "search", "--config", config, *given, "--k", "5", "--rerank")
+        assert code == 0
+        assert ranked["hits"][0]["key"] == "3/0003.png"
+        scores = [hit["score"] for hit in ranked["hits"]]
+        assert scores == sorted(scores, reverse=True)
+    assert {"recall@10", "recall@10_reranked"} <= set(stages["evaluate"]["metrics"])
 
     page = tmp_path / "report.html"
     other = tmp_path / "longer.json"

@@ -202,7 +202,7 @@ def _searcher(uri: str, rows: int) -> dict[str, Any]:
 
 
 def _many(uri: str) -> dict[str, Any]:
-    """A version whose 10,000 shards have four parts each and 64-bit ids and sizes of full length; none is opened."""
+    """A version whose 10,000 shards have four parts each and sizes of full length; none is opened."""
     index = create_index(uri, bits=64)
     index.append(np.zeros((1, 8), np.uint8), ["a"], {"digest": ["b"]})
     log = Log(open_store(uri))
@@ -215,9 +215,7 @@ def _many(uri: str) -> dict[str, Any]:
     shards = []
     for _ in range(_MANY_SHARDS):
         made = {part: [rng.integers(10**8, 10**9), rng.bytes(32).hex()[:43]] for part in one["parts"]}
-        first, last = (int(edge) for edge in rng.integers(1, 10**15, 2))
-        ids = {"first_id": first - 2**63, "last_id": 2**63 - last}
-        shards.append({**one, **ids, "rows": big, "path": names.new("shards", ""), "parts": made})
+        shards.append({**one, "rows": big, "path": names.new("shards", ""), "parts": made})
     started = time.perf_counter()
     version = log.commit({**head.manifest, "shards": shards, "rows": big * _MANY_SHARDS}, head.number)
     committed = time.perf_counter() - started

@@ -113,7 +113,7 @@ def write_parts(
         made: part and content of each file: codes, ids and keys at least.
     """
     written = {part: write_file(store, base + SUFFIXES[part], data, len(ids)) for part, data in made}
-    return packed({"rows": len(ids), "first_id": int(ids[0]), "last_id": int(ids[-1])}, written)
+    return packed({"rows": len(ids)}, written)
 
 
 def packed(about: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def packed(about: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -
     that was written later, for example) has its own path as a third value.
 
     Args:
-        about: rows, first_id, last_id, and whatever else; `path` and `parts` are replaced.
+        about: rows, and whatever else; `path` and `parts` are replaced.
         entries: plain entries of files of as many rows, by part; `codes` among them.
     """
     base = entries["codes"]["path"].removesuffix(SUFFIXES["codes"])
@@ -269,7 +269,7 @@ class Shard:
 
     def find(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Which of `ids` are here: their positions among `ids`, and their rows."""
-        if not len(ids) or ids.max() < self._entry["first_id"] or ids.min() > self._entry["last_id"]:
+        if not len(ids):
             return np.empty(0, np.int64), np.empty(0, np.int64)
         rows = np.searchsorted(self.ids, ids)
         found = np.flatnonzero(self.ids[rows.clip(max=self.rows - 1)] == ids)

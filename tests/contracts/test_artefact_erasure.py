@@ -38,7 +38,7 @@ def traces(root: str, *needles: bytes) -> list[str]:
 
 
 def needles(key: str) -> list[bytes]:
-    return [key.encode(), image_id(key).to_bytes(8, "little")]
+    return [key.encode(), str(image_id(key)).encode(), image_id(key).to_bytes(8, "little")]
 
 
 def picture(shade: int) -> bytes:

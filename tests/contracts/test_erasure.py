@@ -77,7 +77,8 @@ def traces(root: str, *needles: bytes) -> list[str]:
 
 def needles(key: str, codes: Any, salt: int = 0) -> list[bytes]:
     """What an image would leave behind: key, id and codes."""
-    return [key.encode(), ids_module.image_id(key, salt).to_bytes(8, "little"), *(code.tobytes() for code in codes)]
+    number = ids_module.image_id(key, salt)
+    return [key.encode(), str(number).encode(), number.to_bytes(8, "little"), *(code.tobytes() for code in codes)]
 
 
 def grown(uri: str) -> tuple[Index, History, Any]:

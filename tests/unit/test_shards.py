@@ -131,7 +131,7 @@ def test_a_packed_entry_gives_its_files_back() -> None:
         return {"path": path, "bytes": len(path), "sha256": hashlib.sha256(path.encode()).hexdigest(), "rows": 7}
 
     made = {"codes": entry("shards/a/b.bin"), "keys": entry("shards/a/b.keys.arrow"), "rerank": entry("rerank/c/d.npy")}
-    shard = packed({"rows": 7, "first_id": 1, "last_id": 9, "version": 3}, made)
+    shard = packed({"rows": 7, "version": 3}, made)
     assert parts(shard) == made
     assert list(files(shard)) == list(made.values())
     assert (shard["path"], shard["version"]) == ("shards/a/b", 3)

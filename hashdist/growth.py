@@ -74,7 +74,8 @@ class _Run:
                 f"{self.index.uri} does not name the model that made it; build it with `hashdist index build`"
             )
         self.version = self.index.version
-        self.features = self.index.manifest.get("rerank") is not None
+        empty = not self.index.manifest["shards"]  # the first rows decide whether features are kept
+        self.features = self.index.manifest.get("rerank") is not None or (empty and settings.index.rerank)
         self.vocabulary: dict[str, int] | None = None
         self.model: Model
         self.codes: Artefact | None = None

@@ -547,7 +547,7 @@ def commit(
     numbers = _vocabulary(index, found, rows) if vocabulary is None else vocabulary
     columns = rows.select(["digest", "size", "stamp"]).append_column("labels", numbered(rows, numbers))
     more: dict[str, Any] = {}
-    if index.manifest.get("rerank") is not None:
+    if index.manifest.get("rerank") is not None or outcome.features:
         more["rerank"] = np.concatenate(outcome.features) if outcome.features else np.empty((0, 0), np.float16)
     if dict(numbers) != (index.manifest.get("vocabulary") or {}):
         lineage["vocabulary"] = dict(numbers)

@@ -9,17 +9,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import growth_world
 import numpy as np
 import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
 import hashdist
-from hashdist import cli
+from hashdist import cli, growth
 from hashdist.errors import InvalidInput
 from hashdist.ids import image_id
 from hashdist.index import Index, create_index, filters, open_index
@@ -454,6 +456,31 @@ def test_features_are_kept_of_all_rows_or_of_none(tmp_path: Path) -> None:
     index.apply(nothing[0], [], removed=[names[6]], rerank=nothing[1])
     assert index.manifest["rerank"] == {"width": 24}
     assert index.search(random_codes(1), 1000, rerank=features[:1], candidates=1000).ids.shape == (1, 245)
+
+
+def test_growth_keeps_features_and_a_picture_is_ranked_by_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model on raw pixels: the cosine of two pictures is that of their pixels."""
+    root, images = tmp_path.as_uri(), tmp_path / "images"
+    growth_world.empty_index(root)
+    growth_world.write(images, {f"{number:02d}.png": growth_world.png(number) for number in range(20)})
+    settings = growth_world.settings_of(root, images)
+    growth.reindex(replace(settings, index=replace(settings.index, rerank=True)))
+    growth_world.write(images, {"03.png": growth_world.png(103), "new.png": growth_world.png(104)})
+    grown = growth.reindex(settings)  # what the index keeps is the index's matter
+    assert (grown["added"], grown["changed"]) == (1, 1)
+    index = open_index(f"{root}/indexes/photos")
+    assert index.manifest["rerank"]["width"] == index.view.features(index.view.find(["new.png"]).ids).shape[1]
+    flags = ["--root", root, "--index.name", "photos", "--k", "3", "--candidates", "20", "--rerank", "--json"]
+    for name in ("07.png", "03.png", "new.png"):
+        found = []
+        for given in (["--image", str(images / name)], ["--key", name]):
+            assert cli.main(["search", *flags, *given]) == 0
+            found.append(json.loads(capsys.readouterr().out)["hits"])
+        assert found[0][0]["key"] == found[1][0]["key"] == name
+        assert found[0][0]["score"] == pytest.approx(1, abs=1e-6)
+        assert [hit["key"] for hit in found[0]] == [hit["key"] for hit in found[1]]
 
 
 # The command

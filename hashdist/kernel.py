@@ -11,6 +11,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -76,6 +77,11 @@ def spread(tasks: Iterable[Callable[[], Any]], threads: int) -> list[Any]:
 
 AS_BYTE, AS_U32, AS_ID = np.empty(0, np.uint8), np.empty(0, np.uint32), np.empty(0, np.int64)
 """What `load` reads, by their type."""
+
+
+def address(array: NDArray[Any] | None) -> int:
+    """Where an array's data begins, 0 for none; the caller holds the array. Four times as fast as `array.ctypes`."""
+    return 0 if array is None else int(array.__array_interface__["data"][0])
 
 
 @intrinsic

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from hashdist.errors import InvalidInput
 from hashdist.kernel import (
     AS_ID,
+    address,
     cores,
     differing,
     is_dead,
@@ -246,7 +247,7 @@ def histograms(
     codes, words_Q = np.ascontiguousarray(codes_NW), in_words(queries_QW)
     labels, query_labels = (np.require(m, np.uint64, ["C", "A", "W"]) for m in (labels_NM, query_labels_QM))
     mask = None if dead is None else np.ascontiguousarray(dead, np.uint8)
-    hidden = 0 if mask is None else mask.ctypes.data
+    hidden = address(mask)
     form, tile = (0,) * words_Q.shape[1], max(1, _TILE_BYTES // (_BLOCK * (width + 8 * labels.shape[1])))
 
     def count(row_range: tuple[int, int]) -> NDArray[np.int64]:
@@ -287,8 +288,7 @@ def _pieces(parts: Sequence[Part], row0: int, row1: int) -> NDArray[np.int64]:
         start, stop = max(row0 - first, 0), min(row1 - first, len(codes_NW))
         first += len(codes_NW)
         if start < stop:
-            ids, mask = (0 if a is None else a.ctypes.data for a in (ids_N, dead))
-            pieces.append((codes_NW.ctypes.data, start, stop, ids, mask))
+            pieces.append((address(codes_NW), start, stop, address(ids_N), address(dead)))
     return np.array(pieces, np.int64).reshape(-1, 5)
 
 

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from hashdist import scan
 from hashdist.cache import cache_folder
-from hashdist.kernel import AS_BYTE, AS_ID, AS_U32, is_dead, kernel, load, spread
+from hashdist.kernel import AS_BYTE, AS_ID, AS_U32, address, is_dead, kernel, load, spread
 from hashdist.order import blocks
 from hashdist.progress import say
 from hashdist.shards import Shard, map_npy
@@ -143,9 +143,8 @@ def _look_up(
 
 def _places(part: scan.Part, tables: Tables) -> tuple[int, ...]:
     """Addresses of codes, ids, dead rows (0 = none) and tables, then the shape of the tables."""
-    ids, dead = (0 if a is None else a.ctypes.data for a in (part.ids_N, part.dead))
     shape = (tables.pieces, tables.bits, tables.data.shape[1])
-    return (part.codes_NW.ctypes.data, ids, dead, tables.data.ctypes.data, *shape)
+    return (address(part.codes_NW), address(part.ids_N), address(part.dead), address(tables.data), *shape)
 
 
 def _probes(tables: Tables, radius: int) -> int:

@@ -28,7 +28,9 @@ def test_sixteen_writers(root_uri: str) -> None:
         index = open_index(uri)
         start.wait()
         for turn in range(TURNS):
-            rows = sorted({writer * 8 + turn, (writer * 8 + turn + 8) % len(codes), turn})  # own, a neighbour's, everybody's
+            rows = sorted(
+                {writer * 8 + turn, (writer * 8 + turn + 8) % len(codes), turn}
+            )  # own, a neighbour's, everybody's
             digests = {"digest": [str(row) for row in rows]}
             done = index.apply(codes[rows], [f"k{row}" for row in rows], digests)
             told[writer].append(done.added)

@@ -10,7 +10,7 @@ What is found in the buckets is compared in full, and dead rows are left out: th
 that will be is known from the offsets of the buckets before one of them is looked at. A query for which it would cost
 more than the scan is left to the scan, so codes in a few heaps are no slower than without tables.
 
-Building takes as long as a few hundred scans, so `auto` builds when a shard has been asked as many radius queries.
+Building takes as long as about a thousand scans, so `auto` builds when a shard has been asked as many radius queries.
 Tables lie in the local cache, named by the checksum of the shard's codes, and are mapped; where the cache cannot be
 written, in memory.
 """
@@ -41,7 +41,7 @@ Use = Literal["auto", "on", "off"]
 
 _MOST_PIECES = 8
 _FEWEST_ROWS = 1 << 14  # a smaller shard is scanned in microseconds
-_BUILD_AFTER = 256  # radius queries that a shard is asked before `auto` builds
+_BUILD_AFTER = 1024  # radius queries that a shard is asked before `auto` builds
 _ROW_COST = 120  # comparing a row of a bucket, in rows scanned: it is far from the one before
 _PROBE_COST = 40  # looking a bucket's size up, likewise
 _PROBING = 0.1  # share of the scan's cost that finding out what a lookup costs may take

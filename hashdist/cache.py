@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -306,7 +307,10 @@ def _bound(folder: Path, held: int) -> int:
 
 
 def _copies(folder: Path) -> Iterator[_Copy]:
-    for path in folder.glob("??/" + "[0-9a-f]" * 64):
+    """Copies of files, and what was derived from them: a derived file that is mapped may go, its bytes stay."""
+    for path in chain(
+        folder.glob("??/" + "[0-9a-f]" * 64), folder.glob("radius/*.npy"), folder.glob("engines/*.faiss")
+    ):
         with suppress(FileNotFoundError):
             status = path.stat()
             yield _Copy(status.st_atime, status.st_size, status.st_nlink, path)
@@ -318,7 +322,7 @@ def _forget_the_dead(folder: Path) -> None:
         with suppress(OSError):
             os.close(_lock(left / _ALIVE, os.O_RDWR, fcntl.LOCK_NB))
             shutil.rmtree(left, ignore_errors=True)
-    for part in folder.glob("??/*.part"):
+    for part in chain(folder.glob("??/*.part"), folder.glob("radius/*.part"), folder.glob("engines/*.part")):
         with suppress(OSError):
             if time.time() - part.stat().st_mtime > _STALE_S:
                 lock = _lock(part, os.O_RDWR, fcntl.LOCK_NB)

@@ -21,6 +21,7 @@ from hashdist import telemetry
 from hashdist.collections import KIND, subset
 from hashdist.errors import Conflict, InvalidInput, Refused
 from hashdist.index import Applied, compaction, drift, open_index
+from hashdist.index.pins import pinned
 from hashdist.progress import say
 from hashdist.schema import OK, from_vectors
 from hashdist.settings import ReindexOptions, Settings
@@ -91,14 +92,15 @@ class _Run:
             return self._said(found, plan, None, "the plan; nothing was done")
         if found.change.nothing:
             return self._said(found, plan, None, "nothing new")
-        with self.costs.of("encode"):
-            plan = self._encode(found, plan)
-        try:
-            with self.costs.of("commit"):
-                applied = self._commit(found)
-        except Refused:
-            say(f"reindex: {self._counted()} images encoded ({self.costs.line()})")
-            raise
+        with pinned(self.index):  # encoding may take longer than a clean-up waits
+            with self.costs.of("encode"):
+                plan = self._encode(found, plan)
+            try:
+                with self.costs.of("commit"):
+                    applied = self._commit(found)
+            except Refused:
+                say(f"reindex: {self._counted()} images encoded ({self.costs.line()})")
+                raise
         if applied.version == self.version:
             return self._said(found, plan, applied, "nothing new")
         self.result["compacted"] = self._compact()

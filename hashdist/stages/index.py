@@ -5,6 +5,7 @@ A version remembers the codes it was built from, and changes by `append` or `rei
 the same codes again finds nothing to do. Other codes replace all content in one commit, on which searches move over.
 """
 
+import importlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hashdist import distributed, gate
+from hashdist import distributed
 from hashdist.collections import Collection
 from hashdist.errors import AlreadyExists, Conflict, InvalidInput, NotFound
 from hashdist.ids import image_id
@@ -66,7 +67,8 @@ def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
     features = _features(settings, codes)
     if _built(index.manifest, codes, features):
         return _result(index, started, skipped=True)
-    checks = gate.for_build(settings, codes)
+    # brings torch with it, which the tasks that write shards do without
+    checks = importlib.import_module("hashdist.gate").for_build(settings, codes)
     if _waits(index, codes, features):
         say("index: these codes wait as a candidate already; nothing is written, the gate looks at them again")
         promotion.promote(index, checks)

@@ -110,6 +110,22 @@ def test_files_in_use_may_be_more_than_the_bound(
     assert len(held(own_cache)) == 1
 
 
+def test_what_was_derived_from_files_counts_and_goes_too(
+    remote: Remote, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HASHDIST_CACHE_GB", str(3500 / 1e9))
+    derived = [own_cache / "radius" / "a-3x20-b.npy", own_cache / "engines" / "a-ivf-b.faiss"]
+    for path in derived:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x" * 1500)
+        os.utime(path, (1, 1))
+    local_file(remote, made(remote, "a"))
+    assert sum(path.exists() for path in derived) == 1
+    for name in "bc":
+        local_file(remote, made(remote, name))
+    assert not any(path.exists() for path in derived)
+
+
 def test_a_file_used_a_moment_ago_is_not_evicted(
     remote: Remote, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

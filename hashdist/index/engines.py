@@ -3,6 +3,7 @@
 | engine | what it is | answers |
 |---|---|---|
 | `scan` | our kernels over the mapped codes | exact |
+| `folded` | the scan over distinct codes (hashdist/index/folding.py); pays from two rows a code | exact |
 | `faiss` | `IndexBinaryFlat` on the shard files themselves, mapped | exact: the scan's reference |
 | `torch` | products of +1 / -1 codes, on a GPU where there is one | exact |
 | `ivf` | `IndexBinaryIVF` (Sivic and Zisserman 2003) of each shard | approximate |
@@ -35,6 +36,7 @@ from hashdist import scan
 from hashdist.cache import cache_folder
 from hashdist.errors import InvalidInput
 from hashdist.index.filters import Filter, Searched
+from hashdist.index.folding import Folded
 from hashdist.order import blocks
 from hashdist.progress import say
 from hashdist.shards import Shard, opening
@@ -372,7 +374,7 @@ def _signs(torch: Any, codes_NW: Any, kind: Any) -> Any:
 # What engines have in common
 
 ENGINES: dict[str, Callable[[], Engine]] = {
-    "faiss": Faiss, "ivf": Ivf, "multihash": MultiHash, "torch": Torch,
+    "folded": Folded, "faiss": Faiss, "ivf": Ivf, "multihash": MultiHash, "torch": Torch,
 }  # fmt: skip
 """By name, beside `scan`."""
 

@@ -13,7 +13,7 @@ from hashdist.ids import image_ids
 from hashdist.index import Index, create_index, engines, filters, open_index
 
 Codes = NDArray[np.uint8]
-EXACT = [engines.Faiss(), engines.Torch(device="cpu"), engines.Torch(device="cpu", rows_at_once=37)]
+EXACT = [engines.Folded(), engines.Faiss(), engines.Torch(device="cpu"), engines.Torch(device="cpu", rows_at_once=37)]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_exact_engines_break_ties_as_the_scan_does(
             np.testing.assert_array_equal(getattr(found, part), getattr(scanned, part))
 
 
-@pytest.mark.parametrize("name", ["faiss", "torch", "ivf", "multihash"])
+@pytest.mark.parametrize("name", ["folded", "faiss", "torch", "ivf", "multihash"])
 @pytest.mark.parametrize("where", ["parity == 1", "key in 3,5,7,8,250,299", "key == nothing"])
 def test_engines_answer_within_a_filter_only(tmp_path: Path, name: str, where: str) -> None:
     codes = clustered_codes(300)

@@ -275,7 +275,7 @@ class _Run:
             "get_requests": encode["requests"].get("get", 0),
             "put_requests": put["put"] + put["create"],
             "images_per_s": None,
-            "seconds": round(encode["seconds"], 2),
+            "seconds": round(encode["seconds"], 6),
         }
 
 

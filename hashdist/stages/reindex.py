@@ -512,7 +512,7 @@ def estimate(found: Found, images_per_s: float | None = None) -> dict[str, Any]:
         "get_requests": look if found.format == "folder" else len(found.files),
         "put_requests": files,
         "images_per_s": round(images_per_s, 1) if images_per_s else None,
-        "seconds": round(look / images_per_s, 2) if images_per_s else None,
+        "seconds": round(look / images_per_s, 6) if images_per_s else None,
     }
 
 

@@ -17,10 +17,11 @@ Results come in (distance, id) order at any number of shards and threads (docs/d
 - `manifest`: what the record of a version says.
 - `promotion`: the gate before a commit, and candidates. `drift`: whether new rows are like the old ones. `probes`: the
   sample by which versions are compared (docs/promotion.md).
-- `filters`, `engines`, `rerank`: which rows may answer, what looks at the codes, ranking by features (docs/search.md).
+- `filters`, `engines` (`folding`, `radius`), `rerank`: which rows may answer, what looks at the codes, ranking by
+  features (docs/search.md). `duplicates`: which rows are near each other.
 - `retention`: tags, rollback, pins (`pins`), and the vacuum that expires versions. `verification`: every byte read.
   `compaction`, `erasure`: shards written again (`merging`), without hidden rows, or without certain images.
-  `lineage`: what the versions were made from, and the withdrawal of the rest (docs/retention.md).
+  `seen`: images without a row. `lineage`: what the versions were made from, and the withdrawal of the rest (docs/retention.md).
 """
 
 from hashdist.index.change import Applied, OnExisting

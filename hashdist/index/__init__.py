@@ -21,7 +21,8 @@ Results come in (distance, id) order at any number of shards and threads (docs/d
   features (docs/search.md). `duplicates`: which rows are near each other.
 - `retention`: tags, rollback, pins (`pins`), and the vacuum that expires versions. `verification`: every byte read.
   `compaction`, `erasure`: shards written again (`merging`), without hidden rows, or without certain images.
-  `seen`: images without a row. `lineage`: what the versions were made from, and the withdrawal of the rest (docs/retention.md).
+  `seen`: images without a row. `lineage`: what the versions were made from, and the withdrawal of the rest
+  (docs/retention.md).
 """
 
 from hashdist.index.change import Applied, OnExisting

@@ -200,7 +200,7 @@ def test_recall_counts_what_is_as_near_as_the_last_of_the_exact() -> None:
 
 def test_engines_that_cannot_be_are_refused(tmp_path: Path) -> None:
     index = made(tmp_path, random_codes(10), 1)
-    with pytest.raises(InvalidInput, match="one of scan, faiss, ivf, multihash, torch, found 'annoy'"):
+    with pytest.raises(InvalidInput, match="one of scan, folded, faiss, ivf, multihash, torch, found 'annoy'"):
         index.search(random_codes(1), 1, engine="annoy")
     with pytest.raises(InvalidInput, match="ivf does not search by radius"):
         index.search_within(random_codes(1), 1, engine="ivf")

@@ -21,6 +21,7 @@ import hashlib
 import importlib
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -66,7 +67,7 @@ class Engine(Protocol):
         """The live rows that match within the radius; "rows" are ids."""
 
 
-class _ByShard:
+class _ByShard(ABC):
     """Engines that answer shard by shard."""
 
     exact: ClassVar[bool] = True
@@ -107,11 +108,13 @@ class _ByShard:
         distances[short], ids[short] = exact.distances_QK, exact.rows_QK
         return scan.Nearest(distances, ids, np.full(len(queries_QW), k))
 
+    @abstractmethod
     def _nearest(self, shard: Shard, searched: Searched, queries_QW: Codes, k: int) -> scan.Nearest:
-        raise NotImplementedError
+        """The k nearest rows of a shard; "rows" are its rows."""
 
-    def _within(self, shard: Shard, searched: Searched, queries_QW: Codes, radius: int) -> scan.Ball:
-        raise NotImplementedError
+    def _within(self, shard: Shard, searched: Searched, queries_QW: Codes, radius: int) -> scan.Ball:  # noqa: ARG002
+        """The rows of a shard within the radius, for engines that search by radius."""
+        raise InvalidInput(f"{self} does not search by radius; use another engine")
 
 
 # faiss

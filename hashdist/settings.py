@@ -305,6 +305,53 @@ class MetricsSettings:
 
 
 @dataclass(frozen=True)
+class ServiceSettings:
+    """The search service (docs/operate.md): `hashdist serve`, or the RayService in k8s/.
+
+    Args:
+        host: address that `hashdist serve` listens on; other machines reach it only where this is not the loopback.
+        port: of the service.
+        replicas: copies of the search, each with all shards mapped (or all actors at hand).
+        spread: over how many processes the shards are spread where they do not fit one machine; 0 = each replica has all.
+        cpus: logical CPUs that Ray reserves for a replica, and for each process of `spread`.
+        encoders: processes that turn pictures into codes; 0 = only keys and codes are searched with.
+        encoder_gpu: whether an encoder takes a GPU; auto = where the cluster has one.
+        encode_batch: pictures that an encoder takes at once.
+        refresh_s: the store is asked for a newer version this often, in seconds.
+        held_versions: older versions that stay open for requests that name them.
+        max_k: most results of a request.
+        max_body_mb: most MB of a request's body.
+        max_pixels: most pixels, width x height, of a picture.
+        images_per_s: pictures that a replica lets be decoded a second, for queries and for showing; bursts of twice that.
+        waiting: requests that a replica works on at once; above twice that the service answers 503.
+        token_env: environment variable with the bearer token that requests must carry; unset or empty = none is asked.
+        pictures: show the collection's pictures, by key.
+        uris: say in results where pictures lie.
+        drain_s: how long requests that have begun may go on when a replica is stopped.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    spread: int = 0
+    cpus: float = 1
+    encoders: int = 1
+    encoder_gpu: Literal["auto", "yes", "no"] = "auto"
+    encode_batch: int = 16
+    refresh_s: float = 10.0
+    held_versions: int = 2
+    max_k: int = 1000
+    max_body_mb: float = 20.0
+    max_pixels: int = 64_000_000
+    images_per_s: float = 50.0
+    waiting: int = 100
+    token_env: str = "HASHDIST_TOKEN"
+    pictures: bool = True
+    uris: bool = False
+    drain_s: float = 20.0
+
+
+@dataclass(frozen=True)
 class Settings:
     """One run of hashdist: a root on local disk or S3, and the settings of every stage.
 
@@ -325,6 +372,7 @@ class Settings:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    service: ServiceSettings = field(default_factory=ServiceSettings)
 
 
 # What single commands take besides

@@ -109,6 +109,38 @@ STORE_BYTES = Metric("hashdist_store_bytes_total", "counter", "Bytes read from a
 SEARCH_SECONDS = Metric(
     "hashdist_search_seconds", "histogram", "Time of a search by phase: load, scan, merge.", ("phase",)
 )
+REQUESTS = Metric(
+    "hashdist_service_requests_total", "counter", "Requests answered, by route and status.", ("route", "status")
+)
+REQUEST_SECONDS = Metric(
+    "hashdist_service_request_seconds", "histogram", "Time of a request in a replica, by route.", ("route",)
+)
+QUERY_SECONDS = Metric(
+    "hashdist_service_query_seconds",
+    "histogram",
+    "Time of a search request by phase: wait, encode, search, keys.",
+    ("phase",),
+)
+SERVICE_BATCH = Metric(
+    "hashdist_service_batch_queries",
+    "histogram",
+    "Queries answered by one scan.",
+    (),
+    (1, 2, 4, 8, 16, 32, 64, 128, 256),
+)
+SERVED_VERSION = Metric("hashdist_service_version", "gauge", "Version that a replica serves.")
+SERVED_AGE = Metric("hashdist_service_index_age_seconds", "gauge", "Time since that version was committed.")
+SWAPS = Metric(
+    "hashdist_service_swaps_total", "counter", "Versions swapped in, by what changed: rows, model.", ("what",)
+)
+REFUSED_VERSION = Metric(
+    "hashdist_service_refused_version",
+    "gauge",
+    "Newest version that a replica cannot open and does not serve; 0 = none.",
+)
+STORE_AWAY = Metric(
+    "hashdist_service_store_away_seconds", "gauge", "How long the store has not answered a replica; 0 = it does."
+)
 
 DECLARED: dict[str, Metric] = {m.name: m for m in list(globals().values()) if isinstance(m, Metric)}
 """All metrics by name."""

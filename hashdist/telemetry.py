@@ -7,11 +7,12 @@ prometheus_client for a driver or a batch job, over HTTP or to a push gateway.
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import prometheus_client
+from prometheus_client.parser import text_string_to_metric_families
 
 VERB = {"counter": "inc", "gauge": "set", "histogram": "observe"}
 """What an observation is called, by kind of metric."""
@@ -247,3 +248,27 @@ class Exported:
         set_sink(self._before)
         if isinstance(self._mine, PrometheusSink):
             self._mine.close()
+
+
+class Families:
+    """Prometheus texts read as one: of every family that starts with `prefix`, all series under one HELP and TYPE."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix, self._found = prefix, dict[str, prometheus_client.Metric]()
+
+    def add(self, text: str) -> None:
+        """Read one text. Raises ValueError for what is no Prometheus text; then nothing of it is kept."""
+        heads = self._prefix, f"# HELP {self._prefix}", f"# TYPE {self._prefix}"
+        ours = "\n".join(line for line in text.split("\n") if line.startswith(heads))
+        for family in list(text_string_to_metric_families(ours)):
+            standing = self._found.setdefault(family.name, family)
+            if standing is not family:
+                standing.samples += family.samples
+
+    def collect(self) -> Iterable[prometheus_client.Metric]:
+        """The families, in the order of their names."""
+        return (self._found[name] for name in sorted(self._found))
+
+    def text(self) -> str:
+        """All of them as one Prometheus text."""
+        return prometheus_client.generate_latest(self).decode()

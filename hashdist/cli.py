@@ -112,6 +112,7 @@ COMMANDS = {
         "hashdist.growth:reindex",
         options=ReindexOptions,
     ),
+    "serve": Command("the search service, with a page: until it is stopped", "hashdist.service.app:serve"),
     "report": Command("one HTML page of a run", "hashdist.report:write", options=ReportOptions),
     "protocol make": Command(
         "write the query, training and database sets of a protocol to a file",

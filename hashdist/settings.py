@@ -312,7 +312,7 @@ class ServiceSettings:
         host: address that `hashdist serve` listens on; other machines reach it only where this is not the loopback.
         port: of the service.
         replicas: copies of the search, each with all shards mapped (or all actors at hand).
-        spread: over how many processes the shards are spread where they do not fit one machine; 0 = each replica has all.
+        spread: over how many processes the shards are spread where they do not fit one; 0 = each replica has all.
         cpus: logical CPUs that Ray reserves for a replica, and for each process of `spread`.
         encoders: processes that turn pictures into codes; 0 = only keys and codes are searched with.
         encoder_gpu: whether an encoder takes a GPU; auto = where the cluster has one.
@@ -322,7 +322,7 @@ class ServiceSettings:
         max_k: most results of a request.
         max_body_mb: most MB of a request's body.
         max_pixels: most pixels, width x height, of a picture.
-        images_per_s: pictures that a replica lets be decoded a second, for queries and for showing; bursts of twice that.
+        images_per_s: pictures that a replica lets be decoded a second, for queries and for showing; twice that at once.
         waiting: requests that a replica works on at once; above twice that the service answers 503.
         token_env: environment variable with the bearer token that requests must carry; unset or empty = none is asked.
         pictures: show the collection's pictures, by key.

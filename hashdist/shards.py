@@ -228,9 +228,12 @@ class Shard:
         return KeyFile(self._store, entry, lambda: local_file(self._store, entry, self))
 
     def open(self, parts: Sequence[str]) -> None:
-        """Bring codes or ids to this machine. Raises Corrupt, NotFound, Unavailable."""
+        """Bring codes, ids or keys to this machine, whole. Raises Corrupt, NotFound, Unavailable."""
         for part in parts:
-            getattr(self, part)
+            if part == "keys":
+                self._keys.open()
+            else:
+                getattr(self, part)
 
     def has_opened(self, part: str) -> bool:
         """Whether a part is on this machine and checked, so that reading it needs no store."""

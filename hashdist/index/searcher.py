@@ -108,12 +108,12 @@ class Index:
     """One version of an index to search, and, if it was opened as the newest, to change.
 
     An object may be used by many threads: a search sees one version throughout; a change moves the object to the
-    version it committed. Made by `create_index` and `open_index`.
+    version it committed. Made by `create_index` and `open_index`. What is open of `before` is shared.
     """
 
-    def __init__(self, log: Log, version: Version, *, writable: bool = True) -> None:
+    def __init__(self, log: Log, version: Version, *, writable: bool = True, before: View | None = None) -> None:
         self._log, self._writable = log, writable
-        self._view = View(log, version)
+        self._view = View(log, version, before)
         self._moving = threading.Lock()
 
     def __reduce__(self) -> tuple[Callable[..., "Index"], tuple[Log, Version, bool]]:

@@ -1,0 +1,228 @@
+"""The search service on Ray Serve: which processes there are, and how one configuration file makes them.
+
+`Search` answers HTTP: each replica maps all shards (or has them searched by the `Shards` deployments) and follows the
+index by itself. `Encoder` turns pictures into codes, apart from it: torch, and bytes from strangers, stay out of the
+process that searches. `build` is the import path of Serve's configuration files, `serve` the command.
+"""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from ray import serve as ray_serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.schema import LoggingConfig
+
+from hashdist import distributed, telemetry
+from hashdist.cli import parse
+from hashdist.errors import InvalidInput, Unavailable
+from hashdist.images import BadImage, decode
+from hashdist.progress import say
+from hashdist.service.api import Backend, EncodedImage, make_app
+from hashdist.service.batching import Batches
+from hashdist.service.limits import Border
+from hashdist.service.serving import Serving
+from hashdist.settings import ServiceSettings, Settings
+
+NAME = "hashdist"
+"""Of the Serve application."""
+
+_MODELS_HELD = 2
+_SCANS_AT_ONCE = 2
+_DECODING_THREADS = 4
+
+
+class Encoder:
+    """Pictures to codes, in batches; the last two models stay loaded.
+
+    Args:
+        max_pixels: of a picture.
+        batch: pictures at once.
+        device: where models run.
+    """
+
+    def __init__(self, max_pixels: int, batch: int, device: str) -> None:
+        telemetry.set_sink(distributed.RaySink())
+        self._max_pixels, self._device = max_pixels, device
+        self._models: OrderedDict[str, Any] = OrderedDict()
+        self._loading = threading.Lock()
+        self._threads = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="hashdist-decode")
+        self._encode.set_max_batch_size(batch)  # type: ignore[attr-defined]
+
+    async def prepare(self, uri: str) -> dict[str, Any]:
+        """Load a model. Raises what `load_model` raises."""
+        return await asyncio.to_thread(self._prepared, uri)
+
+    async def encode(self, uri: str, data: bytes) -> tuple[bytes, int, int] | str:
+        """A picture's code, width and height; or why it cannot be read."""
+        found: tuple[bytes, int, int] | str = await self._encode((uri, data))
+        return found
+
+    @ray_serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
+    async def _encode(self, asked: list[tuple[str, bytes]]) -> list[Any]:
+        return await asyncio.to_thread(self._encoded, asked)
+
+    def _prepared(self, uri: str) -> dict[str, Any]:
+        model = self._model(uri)
+        try:
+            encoded = model.encode_readable([np.zeros((8, 8, 3), np.uint8)])
+        except InvalidInput as error:
+            return {"reads_images": False, "reason": str(error)}
+        return {"reads_images": encoded.reasons[0] is None, "reason": encoded.reasons[0] or ""}
+
+    def _encoded(self, asked: list[tuple[str, bytes]]) -> list[Any]:
+        answers: list[Any] = [None] * len(asked)
+        pixels = list(self._threads.map(self._decoded, [data for _, data in asked]))
+        for uri in dict.fromkeys(uri for uri, _ in asked):
+            which = [number for number, one in enumerate(asked) if one[0] == uri]
+            encoded = self._model(uri).encode_readable([pixels[number] for number in which])
+            for number, code, reason in zip(which, encoded.codes, encoded.reasons, strict=True):
+                height, width = (0, 0) if reason else pixels[number].shape[:2]
+                answers[number] = reason or (code.tobytes(), width, height)
+        return answers
+
+    def _decoded(self, data: bytes) -> Any:
+        try:
+            return decode(data, self._max_pixels)
+        except BadImage as error:
+            return error
+
+    def _model(self, uri: str) -> Any:
+        with self._loading:
+            if uri not in self._models:
+                # brings torch with it, which a process that only names this class does without
+                from hashdist.model import load_model
+
+                self._models[uri] = load_model(uri, device=self._device)
+            self._models.move_to_end(uri)
+            while len(self._models) > _MODELS_HELD:
+                self._models.popitem(last=False)
+            return self._models[uri]
+
+
+@ray_serve.ingress()
+class Search:
+    """The routes, and the version they answer from.
+
+    Args:
+        uri: of the index.
+        settings: of the service.
+        encoder: handle of `Encoder`; None = pictures are not read.
+        shards: handles of `Shards`; none = this process searches.
+    """
+
+    def __init__(self, uri: str, settings: ServiceSettings, encoder: Any, shards: list[Any]) -> None:
+        telemetry.set_sink(distributed.RaySink())
+        self._settings, self._encoder, self._shards = settings, encoder, shards
+        self._serving = Serving(
+            uri,
+            refresh_s=settings.refresh_s,
+            held_versions=settings.held_versions,
+            prepare=self._prepare if encoder is not None else None,
+            pictures=settings.pictures,
+        )
+        self._serving.start()
+
+    def __serve_build_asgi_app__(self) -> Border:
+        encode = self._encode if self._encoder is not None else None
+        self._batches = Batches(_SCANS_AT_ONCE, time.perf_counter)
+        backend = Backend(self._serving, self._batches, encode, distributed.exported_metrics, self._settings)
+        return make_app(backend, os.environ.get(self._settings.token_env, ""))
+
+    def check_health(self) -> None:
+        """Raises where the index is followed no longer."""
+        if not self._serving.alive:
+            raise RuntimeError("the thread that follows the index has ended")
+
+    def _prepare(self, uri: str) -> Mapping[str, Any]:
+        try:
+            found: Mapping[str, Any] = self._encoder.prepare.remote(uri).result()
+            return found
+        except RayTaskError as error:
+            raise error.cause from None
+        except (RayActorError, DeploymentUnavailableError) as error:
+            raise Unavailable(f"no encoder answers: {error}") from error
+
+    async def _encode(self, uri: str, data: bytes) -> EncodedImage:
+        try:
+            answer = await self._encoder.encode.remote(uri, data)
+        except RayTaskError as error:
+            raise error.cause from None
+        except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
+            raise Unavailable(f"no encoder answers now; send it again: {type(error).__name__}") from error
+        if isinstance(answer, str):
+            raise InvalidInput(f"the picture cannot be read: {answer}")
+        code, width, height = answer
+        return EncodedImage(np.frombuffer(code, np.uint8), width, height)
+
+    def __del__(self) -> None:
+        self._serving.close()
+
+
+def build(args: Mapping[str, str]) -> Any:
+    """The application of a configuration file, for Serve: `import_path: hashdist.service.app:build`.
+
+    Args:
+        args: config: path of the YAML file; further entries are settings by full name, as on the command line.
+    """
+    words = [word for name, value in args.items() for word in (f"--{name}", str(value))]
+    settings, _ = parse("serve", words)
+    return application(settings)
+
+
+def application(settings: Settings) -> Any:
+    """The Serve application of these settings."""
+    service = settings.service
+    handle = None
+    if service.encoders:
+        gpu = service.encoder_gpu == "yes" or (service.encoder_gpu == "auto" and _cluster_has_gpus())
+        encoder = ray_serve.deployment(
+            name="Encoder",
+            num_replicas=service.encoders,
+            max_ongoing_requests=4 * service.encode_batch,
+            ray_actor_options={"num_cpus": 1, "num_gpus": int(gpu)},
+            graceful_shutdown_timeout_s=service.drain_s,
+        )(Encoder)
+        handle = encoder.bind(service.max_pixels, service.encode_batch, "cuda" if gpu else "cpu")
+    search = ray_serve.deployment(
+        name="Search",
+        num_replicas=service.replicas,
+        # the replica counts for itself and answers in JSON; Serve's own limit lies above it
+        max_ongoing_requests=4 * service.waiting,
+        ray_actor_options={"num_cpus": service.cpus},
+        graceful_shutdown_timeout_s=service.drain_s,
+        logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
+    )(Search)
+    return search.bind(settings.index.location(settings.root), service, handle, [])
+
+
+def _cluster_has_gpus() -> bool:
+    import ray
+
+    return bool(ray.is_initialized() and distributed.gpus())
+
+
+def serve(settings: Settings) -> dict[str, Any]:
+    """Serve until SIGTERM or SIGINT: requests that have begun are answered, then the application is taken away."""
+    service = settings.service
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    with distributed.session(settings.cluster):
+        ray_serve.start(http_options={"host": service.host, "port": service.port})
+        ray_serve.run(application(settings), name=NAME, route_prefix="/")
+        say(f"serve: http://{service.host}:{service.port}/ (the API: /docs); stop with Ctrl-C")
+        started = time.monotonic()
+        ended.wait()
+        say("serve: stopping; requests that have begun are answered")
+        ray_serve.delete(NAME)
+        ray_serve.shutdown()  # type: ignore[no-untyped-call]
+    return {"seconds": round(time.monotonic() - started, 1), "text": "stopped"}

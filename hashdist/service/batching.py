@@ -1,0 +1,121 @@
+"""Queries that arrive together are answered by one scan: it reads the codes once for all of them.
+
+Nobody waits for company: while one scan runs, the next batch gathers, so a lone query starts at once and a busy
+replica answers many at the price of a few. Queries go together if they look at the same version through the same
+filter. A batch looks as deep as its deepest query asks; a shorter list is the beginning of a longer one.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashdist import telemetry
+from hashdist.index import Index
+
+MOST_QUERIES = 256
+_SHALLOW = 100
+"""Queries for more results than this go with their like, so that nobody's ten wait for another's thousand."""
+
+
+class Found(NamedTuple):
+    """What one query found: ids, distances and keys, nearest first; and how long the scan and the keys took."""
+
+    ids: NDArray[np.int64]
+    distances: NDArray[np.int32]
+    keys: list[str]
+    search_s: float
+    keys_s: float
+
+
+@dataclass
+class _Waiting:
+    index: Index
+    where: str
+    k: int
+    code: NDArray[np.uint8]
+    found: "asyncio.Future[Found]"
+
+    @property
+    def group(self) -> tuple[int, str, bool]:
+        return id(self.index), self.where, self.k > _SHALLOW
+
+
+class Batches:
+    """Searches of one event loop, gathered into scans.
+
+    Args:
+        at_once: scans at the same time.
+        clock: seconds.
+    """
+
+    def __init__(self, at_once: int, clock: Callable[[], float]) -> None:
+        self._waiting: list[_Waiting] = []
+        self._free, self._clock = at_once, clock
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="hashdist-batch")
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def search(self, index: Index, code: NDArray[np.uint8], k: int, where: str) -> Found:
+        """The k nearest rows that match. Raises as `Index.search`."""
+        found: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(index, where, k, code, found))
+        self._begin()
+        return await found
+
+    def close(self) -> None:
+        """Let the threads go; searches that run end first."""
+        self._threads.shutdown()
+
+    def _begin(self) -> None:
+        """Start scans while there is something to look for and a thread to do it."""
+        while self._free and self._waiting:
+            group = self._waiting[0].group
+            batch = [one for one in self._waiting if one.group == group][:MOST_QUERIES]
+            taken = {id(one) for one in batch}
+            self._waiting = [one for one in self._waiting if id(one) not in taken]
+            self._free -= 1
+            task = asyncio.ensure_future(self._run(batch))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def _run(self, batch: list[_Waiting]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            answers = await loop.run_in_executor(self._threads, self._look, batch)
+        except Exception as error:
+            self._settle(batch, error)
+        else:
+            self._settle(batch, answers)
+        finally:
+            self._free += 1
+            self._begin()
+
+    @staticmethod
+    def _settle(batch: list[_Waiting], answers: Any) -> None:
+        for number, one in enumerate(batch):
+            if one.found.cancelled():
+                continue
+            if isinstance(answers, Exception):
+                one.found.set_exception(answers)
+            else:
+                one.found.set_result(answers[number])
+
+    def _look(self, batch: list[_Waiting]) -> list[Found]:
+        started = self._clock()
+        first = batch[0]
+        codes_QW = np.stack([one.code for one in batch])
+        hits = first.index.search(codes_QW, max(one.k for one in batch), first.where or None)
+        scanned = self._clock()
+        keys = hits.keys()
+        times = scanned - started, self._clock() - scanned
+        telemetry.SERVICE_BATCH.observe(len(batch))
+        telemetry.QUERY_SECONDS.observe(times[0], phase="search")
+        telemetry.QUERY_SECONDS.observe(times[1], phase="keys")
+        return [
+            Found(hits.ids[q, : one.k], hits.distances[q, : one.k], keys[q][: one.k], *times)
+            for q, one in enumerate(batch)
+        ]

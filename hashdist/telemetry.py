@@ -1,34 +1,63 @@
 """Every metric that hashdist exports, declared once; where the numbers go is injected.
 
-A metric is `hashdist_<stage>_<thing>_<unit>`. Code says `telemetry.IMAGES.inc(status="ok")`; a sink decides what
+A metric is `hashdist_<stage>_<thing>_<unit>`. Code says `telemetry.GATES.inc(outcome="passed")`; a sink decides what
 that means: nothing (the default), `ray.util.metrics` inside Ray processes (hashdist/distributed.py sets it), or
 prometheus_client for a driver or a batch job, over HTTP or to a push gateway.
+
+`python -m hashdist.telemetry` prints all of them as a table; with a file, it replaces the table in there.
 """
 
+import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import prometheus_client
 from prometheus_client.parser import text_string_to_metric_families
 
+from hashdist.errors import InvalidInput
+from hashdist.progress import say
+from hashdist.settings import MetricsSettings
+
 VERB = {"counter": "inc", "gauge": "set", "histogram": "observe"}
 """What an observation is called, by kind of metric."""
+
+UNITS = ("bytes", "epochs", "files", "images", "pairs", "parts", "queries", "requests", "rows", "seconds", "shards")
+"""What a name may end in, before the `_total` of a counter; whatever ends in something else is a plain number."""
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A declared metric. `labels` are the names every observation must give."""
+    """A declared metric.
+
+    Attributes:
+        name: as an observation calls it; Ray exports it as `ray_<name>`.
+        kind: what an observation does.
+        help: one sentence.
+        labels: the labels that every observation must give, with all their values, or words for what they are of.
+        buckets: upper bounds, of a histogram.
+    """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     help: str
-    labels: tuple[str, ...] = ()
+    labels: Mapping[str, tuple[str, ...] | str] = field(default_factory=dict)
     buckets: Sequence[float] = SECONDS
+
+    @property
+    def unit(self) -> str:
+        """By the name: `seconds`, `bytes`, `images/second`, ..., or 1."""
+        words = self.name.removesuffix("_total").split("_")
+        if words[-2:-1] == ["per"]:
+            return f"{words[-3]}/{words[-1]}"
+        return words[-1] if words[-1] in UNITS else "1"
 
     def inc(self, amount: float = 1.0, **labels: str) -> None:
         """Add `amount` to a counter."""
@@ -66,73 +95,151 @@ def set_sink(sink: Sink) -> None:
     _sink = sink
 
 
-IMAGES = Metric("hashdist_features_images_total", "counter", "Images by outcome of feature extraction.", ("status",))
-STAGE_SECONDS = Metric("hashdist_stage_seconds", "histogram", "Wall time of one stage run.", ("stage",))
-STAGE_ROWS = Metric("hashdist_stage_rows", "gauge", "Rows in the last snapshot of a stage.", ("stage",))
-STAGE_FAILED = Metric("hashdist_stage_failed_rows", "gauge", "Failed rows in the last snapshot of a stage.", ("stage",))
+STAGE = "a stage of the pipeline, or reindex, compact, vacuum, verify, purge"
+
+STAGE_SECONDS = Metric(
+    "hashdist_stage_seconds", "histogram", "Wall time of a run of a stage that ended well.", {"stage": STAGE}
+)
+STAGE_ENDED = Metric(
+    "hashdist_stage_ended_timestamp_seconds", "gauge", "When a run last ended well, as Unix time.", {"stage": STAGE}
+)
+STAGE_ERRORS = Metric(
+    "hashdist_stage_errors_total", "counter", "Runs that ended with an error.", {"stage": STAGE, "error": "its class"}
+)
+STAGE_ROWS = Metric("hashdist_stage_rows", "gauge", "Rows of the last result of a stage.", {"stage": STAGE})
+STAGE_FAILED = Metric("hashdist_stage_failed_rows", "gauge", "Failed rows among them.", {"stage": STAGE})
+IMAGES = Metric(
+    "hashdist_stage_images_total",
+    "counter",
+    "Images that a stage has worked on.",
+    {"stage": ("collection", "features", "encode", "reindex"), "status": ("ok", "failed")},
+)
+FAILURES = Metric(
+    "hashdist_stage_failures_total",
+    "counter",
+    "Images that failed, by reason.",
+    {"stage": ("collection", "features", "encode", "reindex"), "reason": "the word before the colon in a row's reason"},
+)
 PARTS = Metric(
-    "hashdist_stage_parts_total", "counter", "Parts finished, by stage and whether they were new.", ("stage", "outcome")
+    "hashdist_stage_parts_total",
+    "counter",
+    "Parts of a stage: made, or found committed by a run before.",
+    {"stage": ("collection", "features", "graph", "encode"), "outcome": ("new", "found")},
 )
-GRAPH_SECONDS = Metric("hashdist_graph_block_seconds", "histogram", "Time of one block of the kNN graph.")
-TRAIN_LOSS = Metric("hashdist_train_loss", "gauge", "Loss of the last logged step.", ("method", "term"))
-TRAIN_EPOCH = Metric("hashdist_train_epoch", "gauge", "Epochs finished.", ("method",))
-TRAIN_STEPS = Metric("hashdist_train_steps_total", "counter", "Optimiser steps.", ("method",))
+PART_SECONDS = Metric(
+    "hashdist_stage_part_seconds",
+    "histogram",
+    "Time of one part of a stage, in the worker.",
+    {"stage": ("collection", "features", "graph", "encode")},
+)
+
+METHOD = "a method's name"
+
+TRAIN_LOSS = Metric(
+    "hashdist_train_loss", "gauge", "Loss of the last epoch.", {"method": METHOD, "term": "loss, or a term of it"}
+)
+TRAIN_EPOCH = Metric("hashdist_train_epochs", "gauge", "Epochs finished, of this round.", {"method": METHOD})
+TRAIN_STEPS = Metric("hashdist_train_steps_total", "counter", "Steps of the optimizer.", {"method": METHOD})
 TRAIN_IMAGES_PER_S = Metric(
-    "hashdist_train_images_per_second", "gauge", "Training throughput over the last epoch.", ("method",)
+    "hashdist_train_images_per_second", "gauge", "Throughput of training over the last epoch.", {"method": METHOD}
 )
-REFRESH_SECONDS = Metric("hashdist_train_refresh_seconds", "histogram", "Time of one global similarity refresh.")
-THRESHOLD = Metric("hashdist_train_threshold", "gauge", "Threshold m of the last similarity refresh.")
-AGREEMENT = Metric("hashdist_train_agreement", "gauge", "F of W against labels in the last round, where there are any.")
-POSITIVES = Metric("hashdist_train_positive_pairs", "gauge", "Positive pairs of W after the last refresh (i < j).")
-CHECKPOINTS = Metric("hashdist_train_checkpoints_total", "counter", "Committed checkpoints.", ("method",))
-COMMITS = Metric("hashdist_commits_total", "counter", "Commits by outcome: won, lost, recovered.", ("outcome",))
+CHECKPOINTS = Metric("hashdist_train_checkpoints_total", "counter", "Committed checkpoints.", {"method": METHOD})
+REFRESH_SECONDS = Metric("hashdist_train_refresh_seconds", "histogram", "Time of one global similarity refresh (DSAH).")
+THRESHOLD = Metric("hashdist_train_threshold", "gauge", "Threshold m of the last similarity refresh (DSAH).")
+POSITIVES = Metric("hashdist_train_positive_pairs", "gauge", "Positive pairs i < j after the last refresh (DSAH).")
+AGREEMENT = Metric("hashdist_train_agreement", "gauge", "F of W against the labels in the last round (DSAH), if any.")
+
+COMMITS = Metric(
+    "hashdist_commits_total",
+    "counter",
+    "Creates of a record: won; lost to another writer (a conflict); won, though the answer was lost.",
+    {"outcome": ("won", "lost", "recovered")},
+)
 COMMIT_RETRIES = Metric(
-    "hashdist_commit_retries_total", "counter", "Conditional creates that were tried again, by reason.", ("reason",)
+    "hashdist_commit_retries_total",
+    "counter",
+    "Creates of a record that a store did not carry out, or did not answer.",
+    {"reason": ("exists", "contended", "unknown", "unavailable")},
 )
-INDEX_VERSION = Metric("hashdist_index_version", "gauge", "Version last committed or opened.")
-INDEX_ROWS = Metric("hashdist_index_rows", "gauge", "Live rows of that version.")
-INDEX_SHARDS = Metric("hashdist_index_shards", "gauge", "Shards of that version.")
-DRIFT = Metric("hashdist_index_drift", "gauge", "Drift of the last increment, by number (index/drift.py).", ("number",))
-RETRAIN = Metric("hashdist_index_retrain_recommended_total", "counter", "Increments whose drift asks for a new model.")
-GATES = Metric("hashdist_index_gates_total", "counter", "Gates by outcome: passed, refused.", ("outcome",))
-INDEX_DEAD_ROWS = Metric("hashdist_index_dead_rows", "gauge", "Rows of that version that are deleted or replaced.")
-INDEX_SMALL_SHARDS = Metric("hashdist_index_small_shards", "gauge", "Small shards of that version.")
-COMPACTIONS = Metric("hashdist_index_compactions_total", "counter", "Compactions committed.")
-VACUUMED_FILES = Metric("hashdist_vacuumed_files_total", "counter", "Files deleted by vacuums.", ("reason",))
-VACUUMED_BYTES = Metric("hashdist_vacuumed_bytes_total", "counter", "Their bytes.", ("reason",))
-VERSIONS_KEPT = Metric("hashdist_index_versions_kept", "gauge", "Versions that can be opened, after the last vacuum.")
-FAULTS = Metric("hashdist_index_faults", "gauge", "Faults that the last verification found.")
-PURGED = Metric("hashdist_purged_rows_total", "counter", "Rows erased from all versions of indexes.")
 STORE_REQUESTS = Metric(
-    "hashdist_store_requests_total", "counter", "Requests to stores, by operation, repeats included.", ("operation",)
+    "hashdist_store_requests_total",
+    "counter",
+    "Requests to stores, repeats included.",
+    {"operation": ("get", "put", "create", "list", "head", "delete")},
 )
-STORE_BYTES = Metric("hashdist_store_bytes_total", "counter", "Bytes read from and written to stores.", ("direction",))
+STORE_BYTES = Metric(
+    "hashdist_store_bytes_total", "counter", "Bytes from and to stores.", {"direction": ("read", "written")}
+)
+CACHE_FILES = Metric(
+    "hashdist_cache_files_total",
+    "counter",
+    "Files of a remote store: found on this machine's disk, fetched, deleted there to make room.",
+    {"outcome": ("hit", "miss", "evicted")},
+)
+CACHE_BYTES = Metric(
+    "hashdist_cache_bytes_total", "counter", "Bytes of those files.", {"outcome": ("hit", "miss", "evicted")}
+)
+
+INDEX_VERSION = Metric("hashdist_index_version", "gauge", "Newest version that this process has opened or committed.")
+INDEX_COMMITTED = Metric(
+    "hashdist_index_committed_timestamp_seconds", "gauge", "When that version was committed, as Unix time."
+)
+INDEX_ROWS = Metric("hashdist_index_rows", "gauge", "Live rows of that version.")
+INDEX_DEAD_ROWS = Metric("hashdist_index_dead_rows", "gauge", "Rows of that version that are deleted or replaced.")
+INDEX_BYTES = Metric("hashdist_index_bytes", "gauge", "Bytes of the files that that version names.")
+INDEX_SHARDS = Metric("hashdist_index_shards", "gauge", "Shards of that version.")
+INDEX_SMALL_SHARDS = Metric(
+    "hashdist_index_small_shards", "gauge", "Shards that a compaction would merge, after the last change."
+)
+DRIFT = Metric(
+    "hashdist_index_drift",
+    "gauge",
+    "Drift of the last increment (docs/promotion.md).",
+    {"number": ("score", "shift", "entropy", "correlation", "nearest", "lean", "far")},
+)
+RETRAIN = Metric("hashdist_index_retrain_recommended_total", "counter", "Increments whose drift asks for a new model.")
+GATES = Metric("hashdist_index_gates_total", "counter", "Gates before a commit.", {"outcome": ("passed", "refused")})
+COMPACTIONS = Metric("hashdist_index_compactions_total", "counter", "Compactions committed.")
+VERSIONS_KEPT = Metric("hashdist_index_versions", "gauge", "Versions that can be opened, after the last vacuum.")
+FAULTS = Metric("hashdist_index_faults", "gauge", "Faults that the last verification found.")
+GARBAGE = "why nothing needs them"
+VACUUMED_FILES = Metric(
+    "hashdist_index_vacuumed_files_total", "counter", "Files deleted by vacuums.", {"reason": GARBAGE}
+)
+VACUUMED_BYTES = Metric("hashdist_index_vacuumed_bytes_total", "counter", "Their bytes.", {"reason": GARBAGE})
+PURGED = Metric("hashdist_index_purged_rows_total", "counter", "Rows erased from all versions of indexes.")
+
 SEARCH_SECONDS = Metric(
-    "hashdist_search_seconds", "histogram", "Time of a search by phase: load, scan, merge.", ("phase",)
+    "hashdist_search_seconds",
+    "histogram",
+    "Time of a phase of a search in an index: bringing what it reads to this machine, scanning it.",
+    {"phase": ("load", "scan")},
 )
+
+ROUTE = "a route of the service, or other"
+
 REQUESTS = Metric(
-    "hashdist_service_requests_total", "counter", "Requests answered, by route and status.", ("route", "status")
+    "hashdist_service_requests_total", "counter", "Requests answered.", {"route": ROUTE, "status": "the HTTP status"}
 )
 REQUEST_SECONDS = Metric(
-    "hashdist_service_request_seconds", "histogram", "Time of a request in a replica, by route.", ("route",)
+    "hashdist_service_request_seconds", "histogram", "Time of a request in a replica.", {"route": ROUTE}
 )
 QUERY_SECONDS = Metric(
     "hashdist_service_query_seconds",
     "histogram",
-    "Time of a search request by phase: wait, encode, search, keys.",
-    ("phase",),
+    "Time of a phase of a search request.",
+    {"phase": ("wait", "encode", "search", "keys")},
 )
 SERVICE_BATCH = Metric(
     "hashdist_service_batch_queries",
     "histogram",
     "Queries answered by one scan.",
-    (),
-    (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
 )
 SERVED_VERSION = Metric("hashdist_service_version", "gauge", "Version that a replica serves.")
 SERVED_AGE = Metric("hashdist_service_index_age_seconds", "gauge", "Time since that version was committed.")
 SWAPS = Metric(
-    "hashdist_service_swaps_total", "counter", "Versions swapped in, by what changed: rows, model.", ("what",)
+    "hashdist_service_swaps_total", "counter", "Versions swapped in, by what changed.", {"what": ("rows", "model")}
 )
 REFUSED_VERSION = Metric(
     "hashdist_service_refused_version",

@@ -325,7 +325,7 @@ def _tokens(text: str) -> list[_Token]:
     while text[at:].strip():
         found = _TOKEN.match(text, at)
         if not found:
-            raise InvalidInput(f"--where {text!r}: cannot read {text[at:].strip()!r}")
+            raise InvalidInput(f"the filter {text!r}: cannot read {text[at:].strip()!r}")
         single, double, sign, word = found.groups()
         if sign or word:
             tokens.append(_Token(sign or word, "sign" if sign else "word"))
@@ -348,12 +348,12 @@ def _condition(text: str, tokens: list[_Token], at: int) -> tuple[Filter, int]:
     if name not in ("key", "id"):
         return column(name, operator, values if len(values) > 1 or operator in _LIST_OPERATORS else values[0]), at
     if operator not in ("==", "!=", "in", "not in"):
-        raise InvalidInput(f"--where {text!r}: `{name}` can be asked for by ==, !=, in and not in, not by {operator}")
+        raise InvalidInput(f"the filter {text!r}: `{name}` can be asked for by ==, !=, in and not in, not by {operator}")
     keep = operator in ("==", "in")
     if name == "key":
         return keys(map(str, values), keep=keep), at
     if not all(isinstance(value, int) for value in values):
-        raise InvalidInput(f"--where {text!r}: an id is a whole number, found {values}")
+        raise InvalidInput(f"the filter {text!r}: an id is a whole number, found {values}")
     return ids(values, keep=keep), at
 
 
@@ -389,4 +389,4 @@ def _value(token: _Token) -> Any:
 
 def _misread(text: str, tokens: Sequence[_Token], at: int, wanted: str) -> InvalidInput:
     found = f"found {tokens[at].text!r}" if at < len(tokens) else "found the end"
-    return InvalidInput(f"--where {text!r}: {wanted} must come next, {found}")
+    return InvalidInput(f"the filter {text!r}: {wanted} must come next, {found}")

@@ -214,9 +214,9 @@ def serve(settings: Settings) -> dict[str, Any]:
     """Serve until SIGTERM or SIGINT: requests that have begun are answered, then the application is taken away."""
     service = settings.service
     ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     with distributed.session(settings.cluster):
+        for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
+            signal.signal(number, lambda *_: ended.set())
         ray_serve.start(http_options={"host": service.host, "port": service.port})
         ray_serve.run(application(settings), name=NAME, route_prefix="/")
         say(f"serve: http://{service.host}:{service.port}/ (the API: /docs); stop with Ctrl-C")

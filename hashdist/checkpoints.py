@@ -63,11 +63,15 @@ class Checkpoints:
         self._states = [log.read(number).manifest["state"] for number in kept]
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Commit a checkpoint as the next version. Raises Conflict when another attempt has committed that one."""
+        """Commit a checkpoint as the next version. Raises Conflict when another attempt has committed that one.
+
+        Where a worker of this attempt that was given up, cut off from the others, has committed it after all, that
+        one stands: training repeats itself bit by bit.
+        """
         buffer = io.BytesIO()
         torch.save(checkpoint.to_mapping(), buffer)
         state = write_file(self._log.store, self._log.new_name("states", ".pt"), buffer.getbuffer())
-        self._commit(
+        stands = self._commit(
             {
                 "finished": False,
                 "state": state,
@@ -77,7 +81,7 @@ class Checkpoints:
                 "seconds": checkpoint.state["seconds"],
             }
         )
-        self._states.append(state)
+        self._states.append(stands["state"])
         # records first, bytes second: an attempt that starts now finds the newer state
         for old in self._states[:-KEPT]:
             self._log.store.delete(old["path"])
@@ -87,17 +91,22 @@ class Checkpoints:
         """Commit the last version, which names the finished weights; its state is the newest checkpoint's."""
         self._commit({"finished": True, "state": self._states[-1], **result})
 
-    def _commit(self, body: dict[str, Any]) -> None:
+    def _commit(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The manifest that stands."""
+        own = finite({**self._about, **body})
         try:
-            version = self._log.commit(finite({**self._about, **body}), self._number)
+            version = self._log.commit(own, self._number)
         except CommitLost as lost:
-            raise Conflict(
-                f"{self._log.uri}: checkpoint {self._number + 1} must be this attempt's ({self._about['attempt']}), "
-                f"found attempt {lost.winner.manifest.get('attempt')}'s, so the same model is being trained twice; "
-                "let that one finish, or give --train.fresh TEXT for a run of your own"
-            ) from lost
+            version = lost.winner
+            if any(version.manifest.get(name) != own.get(name) for name in ("attempt", "position", "finished")):
+                raise Conflict(
+                    f"{self._log.uri}: checkpoint {self._number + 1} must be this attempt's ({own['attempt']}), found "
+                    f"attempt {version.manifest.get('attempt')}'s, so the same model is being trained twice; let that "
+                    "one finish, or give --train.fresh TEXT for a run of your own"
+                ) from lost
         self._number = version.number
         telemetry.CHECKPOINTS.inc(method=self._method)
+        return version.manifest
 
 
 def finite(value: Any) -> Any:

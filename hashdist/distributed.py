@@ -66,6 +66,8 @@ def session(settings: ClusterSettings) -> Iterator[None]:
             finally:
                 ray.shutdown()
         return
+    # a job that was submitted with variables of its own has them here too, and Ray refuses to be told a name twice
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": _worker_environment()})
     try:
         yield
@@ -109,7 +111,22 @@ def gpus() -> int:
 
 def nodes() -> int:
     """Machines of the session."""
-    return sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+    return len(_machines())
+
+
+def node_cpus() -> int:
+    """CPUs of the largest machine: what asks for more of them together waits for ever."""
+    return int(max((machine.get("CPU", 0) for machine in _machines()), default=1))
+
+
+def cpus_per_gpu() -> int:
+    """CPUs that every GPU of the session has beside it on its machine."""
+    return int(min(machine.get("CPU", 0) // machine["GPU"] for machine in _machines() if machine.get("GPU")))
+
+
+def _machines() -> list[dict[str, float]]:
+    """What each machine of the session has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def run_parts(

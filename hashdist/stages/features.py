@@ -218,12 +218,11 @@ class _Extraction:
         threads = self.settings.threads or 1
         if gpus:
             workers = min(self.settings.workers or gpus, parts)
-            return _Pool(workers, max(1, (cpus - 1) // gpus), True, threads)
+            return _Pool(workers, max(1, min((cpus - 1) // gpus, distributed.cpus_per_gpu())), True, threads)
         # one machine may have been given more logical CPUs than it has; one is left for Ray Data's own tasks
-        nodes = len(ray.nodes())  # type: ignore[no-untyped-call]
-        cores = cpus - 1 if nodes > 1 else min(cpus - 1, os.cpu_count() or 1)
+        cores = cpus - 1 if distributed.nodes() > 1 else min(cpus - 1, os.cpu_count() or 1)
         workers = min(self.settings.workers or max(1, cores // threads), parts)
-        return _Pool(workers, min(threads, max(1, (cpus - 1) // workers)), False, threads)
+        return _Pool(workers, max(1, min(threads, distributed.node_cpus(), (cpus - 1) // workers)), False, threads)
 
     def _plan(self) -> dict[str, Any]:
         return read_record(self.target.store, PLAN)

@@ -187,7 +187,7 @@ class _Work:
 
 
 def _run_phases(work: _Work, chosen: GraphSettings) -> dict[int, dict[str, Any]]:
-    cores = max(1, min(chosen.threads, distributed.cpus()))
+    cores = max(1, min(chosen.threads, distributed.node_cpus()))
     at_once = chosen.workers or max(1, distributed.cpus() // cores)
     records: dict[int, dict[str, Any]] = {}
     for phase, parts in work.phases():

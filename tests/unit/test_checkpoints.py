@@ -51,6 +51,23 @@ def test_an_attempt_goes_on_from_the_newest(tmp_path: Path) -> None:
     assert [_log(tmp_path).read(n).manifest["attempt"] for n in (1, 2, 3, 4)] == ["first", "first", "second", "second"]
 
 
+def test_what_a_worker_that_was_given_up_commits_late_stands(tmp_path: Path) -> None:
+    first = Checkpoints(_log(tmp_path), None, {**ABOUT, "worker": "cut off"}, "dsah")
+    first.save(_checkpoint(1))
+    newest = agree_on_newest(_log(tmp_path), SingleProcess())
+    second = Checkpoints(_log(tmp_path), newest, {**ABOUT, "worker": "new"}, "dsah")
+    first.save(_checkpoint(2))
+    for step in (2, 3, 4):
+        second.save(_checkpoint(step))
+    log = _log(tmp_path)
+    assert [log.read(n).manifest["worker"] for n in log.numbers()] == ["cut off", "cut off", "new", "new"]
+    assert [load_state(log, log.read(n))["position"]["epoch"] for n in (3, 4)] == [3, 4]
+    first.save(_checkpoint(3))  # and it goes on in vain, until its machine is told
+    second.finish({"head": "h", "position": {"round": 1}})
+    with pytest.raises(Conflict):
+        first.save(_checkpoint(5))
+
+
 def test_a_lost_commit_stops_the_attempt(tmp_path: Path) -> None:
     slow, fast = (Checkpoints(_log(tmp_path), None, {**ABOUT, "attempt": a}, "dsah") for a in ("slow", "fast"))
     fast.save(_checkpoint(1))

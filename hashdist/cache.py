@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+from hashdist import telemetry
 from hashdist.errors import Corrupt, InvalidInput, NotFound, Unavailable
 from hashdist.order import blocks
 from hashdist.progress import say
@@ -86,19 +87,25 @@ def _cached(store: Store, entry: Mapping[str, Any], user: object) -> Path:
         with suppress(OSError):
             copy = _place(folder, entry)
             if _sound(copy, entry):
-                return cache.used(copy, user)
+                return _counted("hit", entry, cache.used(copy, user))
     copy = _place(cache.folder, entry)
     with _sole_maker(copy) as descriptor:
         with suppress(FileNotFoundError):
             if _sound(copy, entry):  # another was making it
-                return cache.used(copy, user)
+                return _counted("hit", entry, cache.used(copy, user))
         cache.make_room(entry["bytes"])
         found = _download(store, entry, descriptor)
         if found != entry["sha256"]:
             raise Corrupt(f"{store.uri}/{entry['path']}: SHA-256 {entry['sha256']} was committed, found {found}")
         os.replace(_part(copy), copy)
         _checked.add(_mark(copy, entry))
-        return cache.used(copy, user)
+        return _counted("miss", entry, cache.used(copy, user))
+
+
+def _counted(outcome: str, entry: Mapping[str, Any], path: Path) -> Path:
+    telemetry.CACHE_FILES.inc(outcome=outcome)
+    telemetry.CACHE_BYTES.inc(entry["bytes"], outcome=outcome)
+    return path
 
 
 def _place(folder: Path, entry: Mapping[str, Any]) -> Path:
@@ -260,6 +267,7 @@ class _Cache:
             if copy.links == 1 and time.time() - copy.used_at > _RECENT_S:
                 copy.path.unlink(missing_ok=True)
                 held -= copy.bytes
+                _counted("evicted", {"bytes": copy.bytes}, copy.path)
         return max(0, bound - held - size) // 8  # other processes add too
 
     def _release(self, link: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from hashdist import __version__
+from hashdist import __version__, telemetry
 from hashdist.errors import HashdistError, InvalidInput
 from hashdist.progress import say
 from hashdist.settings import (
@@ -193,7 +193,8 @@ def _run(name: str, words: list[str]) -> dict[str, Any]:
     module, function = command.target.split(":")
     call = getattr(importlib.import_module(module), function)
     arguments = [*command.fixed, *([options] if command.options else [])]
-    result: dict[str, Any] = call(settings, *arguments)
+    with telemetry.exported(settings.metrics):
+        result: dict[str, Any] = call(settings, *arguments)
     return result
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import ray
@@ -143,23 +144,27 @@ def run_parts(
 
     `work` writes the part's data under names of its own and returns the record's body; the task publishes it
     create-only, so a retried or duplicated task is harmless: the first record wins. Returns the records of all
-    parts, old and new. An error of `work` ends the run; finished parts stay committed.
+    parts, old and new. An error of `work` ends the run; finished parts stay committed. What `label` says before a
+    colon is the stage, for the metrics.
     """
     done = {p: r for p, r in artefact.parts().items() if p in set(parts)}
     missing = [part for part in parts if part not in done]
-    telemetry.PARTS.inc(len(done), stage=artefact.kind, outcome="found")
-    task = partial(_run_part, artefact, work)
+    stage = label.partition(":")[0]
+    telemetry.PARTS.inc(len(done), stage=stage, outcome="found")
+    task = partial(_run_part, artefact, work, stage)
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
     for number, record in run_tasks(task, missing, label=label, at_once=at_once, found=len(done), **options):
         done[missing[number]] = record
-        telemetry.PARTS.inc(stage=artefact.kind, outcome="new")
+        telemetry.PARTS.inc(stage=stage, outcome="new")
     return done
 
 
-def _run_part(artefact: Artefact, work: Callable[[int], dict[str, Any]], part: int) -> dict[str, Any]:
+def _run_part(artefact: Artefact, work: Callable[[int], dict[str, Any]], stage: str, part: int) -> dict[str, Any]:
     started = time.perf_counter()
     record = work(part)
-    return artefact.publish_part(part, {**record, "seconds": time.perf_counter() - started})
+    seconds = time.perf_counter() - started
+    telemetry.PART_SECONDS.observe(seconds, stage=stage)
+    return artefact.publish_part(part, {**record, "seconds": seconds})
 
 
 def run_tasks(
@@ -215,24 +220,25 @@ class RaySink:
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
+        self._making = Lock()
 
     def observe(self, metric: telemetry.Metric, value: float, labels: dict[str, str]) -> None:
         """Into Ray's metrics agent."""
-        made = self._made.get(metric.name)
-        if made is None:
-            made = self._made[metric.name] = self._make(metric)
+        with self._making:
+            made = self._made.get(metric.name) or self._made.setdefault(metric.name, self._make(metric))
         if metric.kind == "counter" and value <= 0:
             return
         getattr(made, telemetry.VERB[metric.kind])(value, tags=labels)
 
     @staticmethod
     def _make(metric: telemetry.Metric) -> Any:
+        labels = tuple(metric.labels)
         if metric.kind == "counter":
             # Ray adds _total itself
-            return ray_metrics.Counter(metric.name.removesuffix("_total"), metric.help, tag_keys=metric.labels)
+            return ray_metrics.Counter(metric.name.removesuffix("_total"), metric.help, tag_keys=labels)
         if metric.kind == "gauge":
-            return ray_metrics.Gauge(metric.name, metric.help, tag_keys=metric.labels)
-        return ray_metrics.Histogram(metric.name, metric.help, boundaries=list(metric.buckets), tag_keys=metric.labels)
+            return ray_metrics.Gauge(metric.name, metric.help, tag_keys=labels)
+        return ray_metrics.Histogram(metric.name, metric.help, boundaries=list(metric.buckets), tag_keys=labels)
 
 
 def exported_metrics(timeout_s: float = 2.0) -> str:

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hashdist import telemetry
 from hashdist.errors import Conflict, InvalidInput, NotFound
 from hashdist.ids import image_id
 from hashdist.index import open_index
@@ -67,6 +68,7 @@ NOT_COVERED = (
 )
 
 
+@telemetry.run_of("purge")
 def index_purge(settings: Settings, options: PurgeOptions) -> dict[str, Any]:
     """Erase images from every index and artefact under the root."""
     keys = _keys(options)

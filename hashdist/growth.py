@@ -9,6 +9,7 @@ import importlib
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,8 @@ def reindex(settings: Settings, options: ReindexOptions | None = None) -> dict[s
         InvalidInput: the index does not name the model that made it; settings or sources that do not fit.
         Conflict: other writers were always first. Refused: the gate did not pass; the result waits as a candidate.
     """
-    with _metrics(settings):
+    measured = nullcontext() if options and options.plan else telemetry.run_of("reindex")
+    with telemetry.exported(settings.metrics), measured:
         for left in reversed(range(_TRIES)):
             try:
                 return _Run(settings, options or ReindexOptions()).go()
@@ -55,12 +57,6 @@ def reindex(settings: Settings, options: ReindexOptions | None = None) -> dict[s
                     raise
                 say(f"reindex: {error}; starting again")
     raise AssertionError
-
-
-def _metrics(settings: Settings) -> telemetry.Exported:
-    wanted = settings.metrics
-    exported = bool(wanted.port or wanted.gateway)
-    return telemetry.Exported(telemetry.PrometheusSink(wanted.port, wanted.gateway) if exported else telemetry.NoSink())
 
 
 class _Run:
@@ -241,7 +237,7 @@ class _Run:
         if counts["failed"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.outcome.failed.items()))
             line += f"; {counts['failed']} without a code: {reasons}"
-        telemetry.STAGE_SECONDS.observe(time.perf_counter() - self.started, stage="reindex")
+        telemetry.count_images("reindex", counts["encoded"], self.outcome.failed)
         telemetry.STAGE_ROWS.set(self.index.rows, stage="reindex")
         telemetry.STAGE_FAILED.set(counts["failed"] + counts["unreadable"], stage="reindex")
         quiet = not self.options.plan and (applied is None or applied.version == self.version)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from hashdist import telemetry
 from hashdist.commands import index_of
 from hashdist.errors import InvalidInput
 from hashdist.index import Index, lineage, retention, verification
@@ -45,6 +46,7 @@ def index_rollback(settings: Settings, options: RollbackOptions) -> dict[str, An
     return {"index": index.uri, "version": version, "to": options.to, "rows": index.rows, "text": text}
 
 
+@telemetry.run_of("compact")
 def index_compact(settings: Settings, options: CompactOptions) -> dict[str, Any]:
     """Merge small shards and drop deleted rows, whether it is due or not."""
     index = index_of(settings)
@@ -63,6 +65,7 @@ def index_compact(settings: Settings, options: CompactOptions) -> dict[str, Any]
     return {"index": index.uri, **done._asdict(), "rows": index.rows, "text": text + reason}
 
 
+@telemetry.run_of("verify")
 def index_verify(settings: Settings) -> dict[str, Any]:
     """Read and check every byte of every version that can be opened; exit code 1 where anything is wrong."""
     index = index_of(settings)
@@ -81,6 +84,7 @@ def index_verify(settings: Settings) -> dict[str, Any]:
     return {"index": index.uri, **counts, "faults": faults, "exit_code": int(bool(faults)), "text": "\n".join(lines)}
 
 
+@telemetry.run_of("vacuum")
 def index_vacuum(settings: Settings, options: VacuumOptions) -> dict[str, Any]:
     """Expire old versions and delete what nothing needs; with --dry-run only tell."""
     if options.artefacts and not settings.root:

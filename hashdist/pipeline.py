@@ -6,6 +6,7 @@ nothing is passed from job to job but the configuration file. `run_stage` runs o
 """
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -99,9 +100,9 @@ def run_all(settings: Settings) -> dict[str, Any]:
 def run_in_session(settings: Settings, stage: str) -> dict[str, Any]:
     """Like run_stage, inside a session that is open already."""
     started = time.perf_counter()
-    result: dict[str, Any] = STAGES[stage].run(settings, *inputs(stage, settings))
+    with telemetry.run_of(stage):
+        result: dict[str, Any] = STAGES[stage].run(settings, *inputs(stage, settings))
     result["seconds"] = time.perf_counter() - started
-    telemetry.STAGE_SECONDS.observe(result["seconds"], stage=stage)
     telemetry.STAGE_ROWS.set(result.get("rows", 0), stage=stage)
     telemetry.STAGE_FAILED.set(result.get("failed", 0), stage=stage)
     say(summary(stage, result))
@@ -121,9 +122,6 @@ def _check(settings: Settings) -> None:
         raise InvalidInput("a root is required, found none; give --root FOLDER or --root s3://bucket/prefix")
 
 
-def run_metrics(settings: Settings) -> telemetry.Exported:
+def run_metrics(settings: Settings) -> AbstractContextManager[object]:
     """Observations of the driver: for Prometheus if a port or gateway is set, else through Ray's endpoint."""
-    wanted = settings.metrics
-    if wanted.port or wanted.gateway:
-        return telemetry.Exported(telemetry.PrometheusSink(wanted.port, wanted.gateway))
-    return telemetry.Exported(distributed.RaySink())
+    return telemetry.exported(settings.metrics, distributed.RaySink())

@@ -4,8 +4,11 @@ Vectors (features, codes) are fixed-size binary, uncompressed, with dtype and wi
 13 times faster to read than fixed-size lists (docs/decisions.md, S12).
 """
 
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hashdist.errors import Corrupt
@@ -84,3 +87,9 @@ def from_vectors(column: pa.ChunkedArray, schema: pa.Schema) -> NDArray[np.gener
             part[chunk.is_null().to_numpy(zero_copy_only=False)] = 0
         row += len(chunk)
     return out
+
+
+def failures(table: pa.Table) -> Counter[str]:
+    """How many rows of a table failed, by reason: what stands before the colon."""
+    said = table.filter(pc.not_equal(table["status"], OK))["reason"].to_pylist()
+    return Counter(str(reason).partition(":")[0] for reason in said)

@@ -27,7 +27,7 @@ from hashdist.settings import MetricsSettings
 VERB = {"counter": "inc", "gauge": "set", "histogram": "observe"}
 """What an observation is called, by kind of metric."""
 
-UNITS = ("bytes", "epochs", "files", "images", "pairs", "parts", "queries", "requests", "rows", "seconds", "shards")
+UNITS = ("bytes", "files", "images", "pairs", "parts", "queries", "requests", "rows", "seconds", "shards")
 """What a name may end in, before the `_total` of a counter; whatever ends in something else is a plain number."""
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
@@ -138,7 +138,7 @@ METHOD = "a method's name"
 TRAIN_LOSS = Metric(
     "hashdist_train_loss", "gauge", "Loss of the last epoch.", {"method": METHOD, "term": "loss, or a term of it"}
 )
-TRAIN_EPOCH = Metric("hashdist_train_epochs", "gauge", "Epochs finished, of this round.", {"method": METHOD})
+TRAIN_EPOCH = Metric("hashdist_train_epoch", "gauge", "Epochs finished, of this round.", {"method": METHOD})
 TRAIN_STEPS = Metric("hashdist_train_steps_total", "counter", "Steps of the optimizer.", {"method": METHOD})
 TRAIN_IMAGES_PER_S = Metric(
     "hashdist_train_images_per_second", "gauge", "Throughput of training over the last epoch.", {"method": METHOD}
@@ -200,7 +200,7 @@ DRIFT = Metric(
 RETRAIN = Metric("hashdist_index_retrain_recommended_total", "counter", "Increments whose drift asks for a new model.")
 GATES = Metric("hashdist_index_gates_total", "counter", "Gates before a commit.", {"outcome": ("passed", "refused")})
 COMPACTIONS = Metric("hashdist_index_compactions_total", "counter", "Compactions committed.")
-VERSIONS_KEPT = Metric("hashdist_index_versions", "gauge", "Versions that can be opened, after the last vacuum.")
+VERSIONS_KEPT = Metric("hashdist_index_versions_kept", "gauge", "Versions that can be opened, after the last vacuum.")
 FAULTS = Metric("hashdist_index_faults", "gauge", "Faults that the last verification found.")
 GARBAGE = "why nothing needs them"
 VACUUMED_FILES = Metric(
@@ -228,7 +228,7 @@ QUERY_SECONDS = Metric(
     "hashdist_service_query_seconds",
     "histogram",
     "Time of a phase of a search request.",
-    {"phase": ("wait", "encode", "search", "keys")},
+    {"phase": ("encode", "search", "keys")},
 )
 SERVICE_BATCH = Metric(
     "hashdist_service_batch_queries",
@@ -304,38 +304,50 @@ def count_bytes(direction: Literal["read", "written"], count: int) -> None:
 
 
 class PrometheusSink:
-    """Observations into a prometheus_client registry, for a driver or a batch job.
+    """Observations into a prometheus_client registry, for a driver or a batch job; it holds what was observed only.
 
     Args:
         port: serve the registry on this port of `host`; 0 = do not serve.
-        gateway: address of a push gateway that `close` sends the registry to; empty = none.
+        gateway: address of a push gateway that `close` sends the registry to; empty = none. What other jobs have sent
+            there under other names stays.
+
+    Raises InvalidInput for a port that cannot be had.
     """
 
     def __init__(self, port: int = 0, gateway: str = "", host: str = "127.0.0.1") -> None:
         self.registry = prometheus_client.CollectorRegistry()
         self._gateway = gateway
-        self._collectors = {name: self._declare(metric) for name, metric in DECLARED.items()}
-        self._server = prometheus_client.start_http_server(port, host, self.registry)[0] if port else None
-
-    def _declare(self, metric: Metric) -> Any:
-        if metric.kind == "counter":
-            return prometheus_client.Counter(metric.name, metric.help, metric.labels, registry=self.registry)
-        if metric.kind == "gauge":
-            return prometheus_client.Gauge(metric.name, metric.help, metric.labels, registry=self.registry)
-        return prometheus_client.Histogram(
-            metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry
-        )
+        self._made: dict[str, Any] = {}
+        self._making = threading.Lock()
+        try:
+            self._server = prometheus_client.start_http_server(port, host, self.registry)[0] if port else None
+        except OSError as error:
+            raise InvalidInput(
+                f"metrics.port must be a free port of {host}, found {port}: {error}; choose another"
+            ) from error
 
     def observe(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
         """Into the registry."""
-        collector = self._collectors[metric.name]
+        with self._making:
+            collector = self._made.get(metric.name) or self._made.setdefault(metric.name, self._make(metric))
         child = collector.labels(**labels) if metric.labels else collector
         getattr(child, VERB[metric.kind])(value)
 
+    def _make(self, metric: Metric) -> Any:
+        about = metric.name, metric.help, tuple(metric.labels)
+        if metric.kind == "counter":
+            return prometheus_client.Counter(*about, registry=self.registry)
+        if metric.kind == "gauge":
+            return prometheus_client.Gauge(*about, registry=self.registry)
+        return prometheus_client.Histogram(*about, buckets=metric.buckets, registry=self.registry)
+
     def close(self) -> None:
-        """Push to the gateway if there is one, and stop serving."""
+        """Push to the gateway if there is one, and stop serving. A gateway that fails is no reason to fail a job."""
         if self._gateway:
-            prometheus_client.push_to_gateway(self._gateway, job="hashdist", registry=self.registry)
+            try:
+                prometheus_client.pushadd_to_gateway(self._gateway, "hashdist", self.registry, timeout=10)
+            except OSError as error:
+                say(f"warning: the metrics did not reach the push gateway {self._gateway}: {error}")
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -355,6 +367,39 @@ class Exported:
         set_sink(self._before)
         if isinstance(self._mine, PrometheusSink):
             self._mine.close()
+
+
+def exported(wanted: MetricsSettings, otherwise: Sink | None = None) -> AbstractContextManager[object]:
+    """While the block runs, observations go where the settings say, else to `otherwise`.
+
+    Nothing changes for a process that has a sink already: whoever calls first decides.
+    """
+    if not isinstance(_sink, NoSink):
+        return nullcontext()
+    if wanted.port or wanted.gateway:
+        return Exported(PrometheusSink(wanted.port, wanted.gateway))
+    return nullcontext() if otherwise is None else Exported(otherwise)
+
+
+@contextmanager
+def run_of(stage: str) -> Iterator[None]:
+    """The block is a run of a stage: how long it took if it ends well, else what it ended with."""
+    started = time.perf_counter()
+    try:
+        yield
+    except Exception as error:
+        STAGE_ERRORS.inc(stage=stage, error=type(error).__name__)
+        raise
+    STAGE_SECONDS.observe(time.perf_counter() - started, stage=stage)
+    STAGE_ENDED.set(time.time(), stage=stage)
+
+
+def count_images(stage: str, ok: int, failed: Mapping[str, int]) -> None:
+    """Count images that a stage has worked on: those without a fault, and the others by reason."""
+    IMAGES.inc(ok, stage=stage, status="ok")
+    IMAGES.inc(sum(failed.values()), stage=stage, status="failed")
+    for reason, count in failed.items():
+        FAILURES.inc(count, stage=stage, reason=reason)
 
 
 class Families:
@@ -379,3 +424,48 @@ class Families:
     def text(self) -> str:
         """All of them as one Prometheus text."""
         return prometheus_client.generate_latest(self).decode()
+
+
+GROUPS = {
+    "Stages": ("stage",),
+    "Training": ("train",),
+    "Commits, stores and the cache": ("commits", "commit", "store", "cache"),
+    "Index": ("index",),
+    "Search": ("search",),
+    "Service": ("service",),
+}
+"""Headings of the table, and the first words of the names below each."""
+
+_BEGIN, _END = "<!-- metrics -->", "<!-- end of metrics -->"
+
+
+def table() -> str:
+    """All metrics as Markdown."""
+    lines = []
+    for heading, words in GROUPS.items():
+        lines += [f"## {heading}", "", "| metric | Ray exports | type | unit | labels | meaning |", "|---" * 6 + "|"]
+        lines += [_row(metric) for name, metric in DECLARED.items() if name.split("_")[1] in words]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _row(metric: Metric) -> str:
+    labels = "; ".join(
+        f"`{name}`: {values if isinstance(values, str) else ', '.join(values)}"
+        for name, values in metric.labels.items()
+    )
+    names = f"`{metric.name}` | `ray_{metric.name}`"
+    return f"| {names} | {metric.kind} | {metric.unit} | {labels} | {metric.help} |"
+
+
+def replaced(text: str) -> str:
+    """A document with the present table between its two markers."""
+    before, _, rest = text.partition(_BEGIN)
+    return f"{before}{_BEGIN}\n\n{table()}\n\n{_END}{rest.partition(_END)[2]}"
+
+
+if __name__ == "__main__":
+    for document in map(Path, sys.argv[1:]):
+        document.write_text(replaced(document.read_text()))
+    if not sys.argv[1:]:
+        print(table())  # noqa: T201

@@ -63,7 +63,6 @@ def due(manifest: Mapping[str, Any], settings: IndexSettings) -> str | None:
     """Why a version should be compacted, by its manifest alone; None if it need not be."""
     total = sum(shard["rows"] for shard in manifest["shards"])
     dead, small = total - manifest["rows"], _small(manifest, settings)
-    telemetry.INDEX_DEAD_ROWS.set(dead)
     telemetry.INDEX_SMALL_SHARDS.set(small)
     if dead > settings.compact_dead_share * total:
         return f"{dead} of {total} rows are deleted or replaced, more than {settings.compact_dead_share:.0%}"

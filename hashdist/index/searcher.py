@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any, Protocol, get_args
 
@@ -19,7 +20,7 @@ from hashdist.index import rerank as second_stage
 from hashdist.index.change import Applied, Change, OnExisting, Plan, checked_columns, checked_keys, some
 from hashdist.index.engines import Engine, find_engine
 from hashdist.index.filters import Filter
-from hashdist.index.manifest import CONTENT, first, is_expired, resolve, rewritten, stamped, successor
+from hashdist.index.manifest import CONTENT, files, first, is_expired, resolve, rewritten, stamped, successor
 from hashdist.index.promotion import Gate
 from hashdist.index.radius import Use
 from hashdist.index.rerank import unit_rows
@@ -115,6 +116,8 @@ class Index:
         self._log, self._writable = log, writable
         self._view = View(log, version, before)
         self._moving = threading.Lock()
+        if writable:
+            self._observe()
 
     def __reduce__(self) -> tuple[Callable[..., "Index"], tuple[Log, Version, bool]]:
         return _index_at, (self._log, self._view.version, self._writable)
@@ -494,10 +497,17 @@ class Index:
         with self._moving:
             if view.number > self._view.number:
                 self._view = view
-        newest = self._view
+        self._observe()
+
+    def _observe(self) -> None:
+        newest = self._view.version
+        rows, shards = newest.manifest["rows"], newest.manifest["shards"]
         telemetry.INDEX_VERSION.set(newest.number)
-        telemetry.INDEX_ROWS.set(newest.manifest["rows"])
-        telemetry.INDEX_SHARDS.set(len(newest.shards))
+        telemetry.INDEX_COMMITTED.set(datetime.fromisoformat(newest.manifest["created_at"]).timestamp())
+        telemetry.INDEX_ROWS.set(rows)
+        telemetry.INDEX_DEAD_ROWS.set(sum(shard["rows"] for shard in shards) - rows)
+        telemetry.INDEX_BYTES.set(sum(entry["bytes"] for entry in files(newest.manifest)))
+        telemetry.INDEX_SHARDS.set(len(shards))
 
     def _must_be_writable(self) -> None:
         if not self._writable:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hashdist import distributed
+from hashdist import distributed, telemetry
 from hashdist.collections import (
     KIND,
     REVISION,
@@ -20,6 +20,7 @@ from hashdist.collections import (
     write_unit,
 )
 from hashdist.progress import say
+from hashdist.schema import failures
 from hashdist.settings import Settings
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, open_artefact
@@ -55,7 +56,10 @@ class Scan:
     def __call__(self, number: int) -> dict[str, Any]:
         """Scan unit `number`; returns its record."""
         unit = self.plan.units[number]
-        return write_unit(self.target, unit, self.plan.reader.scan(unit), self.part_rows)
+        rows = self.plan.reader.scan(unit)
+        failed = failures(rows)
+        telemetry.count_images("collection", len(rows) - failed.total(), failed)
+        return write_unit(self.target, unit, rows, self.part_rows)
 
 
 def run(settings: Settings) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hashdist import distributed
+from hashdist import distributed, telemetry
 from hashdist.bits import BIT_ORDER
 from hashdist.collections import Collection
 from hashdist.collections import Image as Listed
@@ -22,7 +22,7 @@ from hashdist.errors import InvalidInput
 from hashdist.given import UNUSABLE
 from hashdist.images import BadImage
 from hashdist.model import NOT_FINITE, Model, check_features, load_model
-from hashdist.schema import OK, from_vectors, to_vectors, vector_schema
+from hashdist.schema import OK, failures, from_vectors, to_vectors, vector_schema
 from hashdist.settings import Settings
 from hashdist.sources import UNREADABLE
 from hashdist.store import open_store
@@ -189,4 +189,5 @@ def _write(
     schema = vector_schema("code", "uint8", codes_NW.shape[1])
     table = pa.table([*rows.columns, to_vectors(codes_NW, present_N)], schema=schema)
     file = write_table(codes.store, codes.new_name(".parquet"), table)
+    telemetry.count_images("encode", int(present_N.sum()), failures(table))
     return {"rows": len(table), "failed": int((~present_N).sum()), "file": file}

@@ -33,7 +33,7 @@ from hashdist.images import BadImage, decode
 from hashdist.networks import open_network, state_bytes, warn_of_random, weights_identity
 from hashdist.prefetch import in_order
 from hashdist.progress import Progress, say
-from hashdist.schema import OK, to_vectors, vector_schema
+from hashdist.schema import OK, failures, to_vectors, vector_schema
 from hashdist.settings import FeatureSettings, Settings
 from hashdist.store import open_store
 from hashdist.store.commit import (
@@ -318,6 +318,7 @@ class Extractor:
         table = _table(rows, reasons, features_ND)
         record = {**_counts(table), "file": write_table(self._target.store, self._target.new_name(".parquet"), table)}
         record["seconds"] = time.perf_counter() - started
+        telemetry.PART_SECONDS.observe(record["seconds"], stage="features")
         return self._target.publish_part(part, record), (ends[0], ends[-1]) if ends else None
 
     def _batches(self, part: int) -> Iterator["_Batch"]:
@@ -418,11 +419,9 @@ def _table(rows: Sequence[Image], reasons: Sequence[str | None], features_ND: ND
 
 def _counts(table: pa.Table) -> dict[str, Any]:
     """Rows, failures and their reasons of a part; counted as metrics too."""
-    status = Counter(table["status"].to_pylist())
-    for name, count in status.items():
-        telemetry.IMAGES.inc(count, status=name)
-    slugs = Counter(reason.partition(":")[0] for reason in table["reason"].to_pylist() if reason is not None)
-    return {"rows": len(table), "failed": len(table) - status[OK], "reasons": dict(slugs)}
+    failed = failures(table)
+    telemetry.count_images("features", len(table) - failed.total(), failed)
+    return {"rows": len(table), "failed": failed.total(), "reasons": dict(failed)}
 
 
 # Features that the user brings

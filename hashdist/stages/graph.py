@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hashdist import distributed, neighbours, telemetry
+from hashdist import distributed, neighbours
 from hashdist.errors import InvalidInput
 from hashdist.methods.contract import find_method
 from hashdist.order import blocks
@@ -215,10 +215,8 @@ def _write_sample(work: _Work) -> dict[str, Any]:
 
 def _nearest(work: _Work, start: int, stop: int) -> dict[str, Any]:
     """Neighbours of rows start to stop among all."""
-    began = time.perf_counter()
     features_ND = _read(work.graph.store, work.records[0]["features"])
     found = neighbours.self_nearest(features_ND, work.k1, rows=(start, stop), threads=work.threads)
-    telemetry.GRAPH_SECONDS.observe(time.perf_counter() - began)
     return {"neighbours": _write(work.graph, found.rows_MK), "rescored": found.rescored}
 
 

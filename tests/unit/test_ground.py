@@ -1,7 +1,4 @@
-"""The ground floor: ids, bits, order, vectors in tables, metrics."""
-
-import urllib.request
-from collections.abc import Iterator
+"""The ground floor: ids, bits, order, vectors in tables."""
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashdist import bits, ids, order, schema, telemetry
+from hashdist import bits, ids, order, schema
 from hashdist.errors import Corrupt, InvalidInput
 
 
@@ -92,37 +89,3 @@ def test_vectors_without_metadata_are_refused() -> None:
     column = pa.chunked_array([schema.to_vectors(np.zeros((2, 3), np.float32))])
     with pytest.raises(Corrupt, match="metadata"):
         schema.from_vectors(column, pa.schema([("feature", pa.binary(12))]))
-
-
-@pytest.fixture
-def prometheus() -> Iterator[telemetry.PrometheusSink]:
-    sink = telemetry.PrometheusSink(port=0)
-    with telemetry.Exported(sink):
-        yield sink
-
-
-def test_metrics_reach_prometheus(prometheus: telemetry.PrometheusSink) -> None:
-    telemetry.IMAGES.inc(3, status="ok")
-    telemetry.THRESHOLD.set(0.5)
-    telemetry.STAGE_SECONDS.observe(2.0, stage="graph")
-    value = prometheus.registry.get_sample_value
-    assert value("hashdist_features_images_total", {"status": "ok"}) == 3
-    assert value("hashdist_train_threshold") == 0.5
-    assert value("hashdist_stage_seconds_count", {"stage": "graph"}) == 1
-
-
-def test_metrics_are_served_over_http() -> None:
-    sink = telemetry.PrometheusSink(port=18997)
-    with telemetry.Exported(sink):
-        telemetry.INDEX_ROWS.set(7)
-        with urllib.request.urlopen("http://127.0.0.1:18997/metrics", timeout=5) as answer:
-            assert b"hashdist_index_rows 7.0" in answer.read()
-    telemetry.INDEX_ROWS.set(8)  # back to nowhere
-    assert sink.registry.get_sample_value("hashdist_index_rows") == 7
-
-
-def test_metric_names_follow_the_convention() -> None:
-    for name, metric in telemetry.DECLARED.items():
-        assert name.startswith("hashdist_")
-        assert (metric.kind == "counter") == name.endswith("_total")
-        assert metric.help.endswith(".")

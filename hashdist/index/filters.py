@@ -348,7 +348,7 @@ def _condition(text: str, tokens: list[_Token], at: int) -> tuple[Filter, int]:
     if name not in ("key", "id"):
         return column(name, operator, values if len(values) > 1 or operator in _LIST_OPERATORS else values[0]), at
     if operator not in ("==", "!=", "in", "not in"):
-        raise InvalidInput(f"the filter {text!r}: `{name}` can be asked for by ==, !=, in and not in, not by {operator}")
+        raise InvalidInput(f"the filter {text!r}: `{name}` is asked for by ==, !=, in and not in, not by {operator}")
     keep = operator in ("==", "in")
     if name == "key":
         return keys(map(str, values), keep=keep), at

@@ -149,6 +149,15 @@ class View:
                 self._dead[number] = scan.bitmap(self.dead_rows(number), self.shards[number].rows)
             return self._dead[number]
 
+    def bring(self) -> None:
+        """Bring codes, ids and keys of all shards, and what is hidden in them, to this machine, each byte checked.
+
+        From then on a search without a filter needs no store. Raises Corrupt, NotFound, Unavailable.
+        """
+        for number in opening(self.shards, ("codes", "ids", "keys")):
+            self.dead(number)
+        _ = self.salts
+
     # Searching
 
     def selection(self, where: Filter) -> Selection:

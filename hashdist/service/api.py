@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Annotated, Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
@@ -19,13 +20,13 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from hashdist import __version__, telemetry
-from hashdist.errors import HashdistError, InvalidInput, NotFound
+from hashdist.errors import HashdistError, InvalidInput
 from hashdist.search import picture_uri
 from hashdist.service import limits
 from hashdist.service.batching import Batches, Found
 from hashdist.service.limits import Border, Bucket, Busy
 from hashdist.service.serving import Served, Serving, age_s
-from hashdist.service.thumbnails import SIDES, Thumbnails
+from hashdist.service.thumbnails import SIDES, Thumbnails, code_of
 from hashdist.settings import ServiceSettings
 
 _FIELDS = 16
@@ -326,10 +327,7 @@ class _Answers:
         self, served: Served, asked: SearchRequest, image: bytes | None
     ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
         if asked.key is not None:
-            places = served.index.view.find([asked.key])
-            if not places.present[0]:
-                raise NotFound("the index has no image of that key")
-            return served.index.view.codes(places)[0], {"key": asked.key}
+            return await asyncio.to_thread(code_of, served, asked.key), {"key": asked.key}
         if asked.code is not None:
             return _parsed(asked.code, served.index.bits), {"code": asked.code}
         assert image is not None
@@ -365,7 +363,7 @@ class _Answers:
         for key, id_, distance in rows:
             if asked.exclude_self and key == asked.key:
                 continue
-            shown = f"pictures/{_quoted(key)}" if served.pictures is not None else None
+            shown = f"pictures/{quote(key)}" if served.pictures is not None else None
             hit = {"key": key, "id": str(id_), "distance": distance, "picture": shown}
             hits.append({**hit, "uri": picture_uri(served.pictures, key)} if self._settings.uris else hit)
         return hits[:depth], asked.radius is not None and within >= depth and within == len(found.ids)
@@ -420,12 +418,6 @@ def _parsed(text: str, bits: int) -> NDArray[np.uint8]:
     if len(code) * 8 != bits:
         raise InvalidInput(f"the index has codes of {bits} bits, found {len(code) * 8}")
     return code
-
-
-def _quoted(key: str) -> str:
-    from urllib.parse import quote
-
-    return quote(key, safe="/")
 
 
 def _json(content: Any, status: int = 200) -> Response:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,18 +25,24 @@ from hashdist import distributed, telemetry
 from hashdist.cli import parse
 from hashdist.errors import InvalidInput, Unavailable
 from hashdist.images import BadImage, decode
+from hashdist.index import Index
+from hashdist.index.view import View
 from hashdist.progress import say
 from hashdist.service.api import Backend, EncodedImage, make_app
 from hashdist.service.batching import Batches
 from hashdist.service.limits import Border
 from hashdist.service.serving import Serving
 from hashdist.settings import ServiceSettings, Settings
+from hashdist.stages.search import Call, Searcher, SpreadIndex
+from hashdist.store.commit import Log, Version
 
 NAME = "hashdist"
 """Of the Serve application."""
 
+_GONE = (RayActorError, DeploymentUnavailableError, BackPressureError)
 _MODELS_HELD = 2
 _SCANS_AT_ONCE = 2
+_CALLS_AT_ONCE = 16
 _DECODING_THREADS = 4
 
 
@@ -108,6 +114,34 @@ class Encoder:
             return self._models[uri]
 
 
+class Deployments:
+    """Peers (stages/search.py) that are deployments of one `Searcher` each: Serve starts one that dies again.
+
+    Args:
+        handles: of the deployments.
+    """
+
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self._handles)
+
+    def ask(self, calls: Sequence[Call]) -> list[Any]:
+        """See Peers. Not to be called in an event loop."""
+        asked = [getattr(self._handles[call.peer], call.what).remote(*call.arguments) for call in calls]
+        try:
+            return [answer.result() for answer in asked]
+        except RayTaskError as error:
+            raise error.cause from None
+        except _GONE as error:
+            raise Unavailable(f"shards are searched by a process that does not answer: {error}") from error
+
+    def close(self) -> None:
+        """Serve ends them."""
+
+
 @ray_serve.ingress()
 class Search:
     """The routes, and the version they answer from.
@@ -121,14 +155,16 @@ class Search:
 
     def __init__(self, uri: str, settings: ServiceSettings, encoder: Any, shards: list[Any]) -> None:
         telemetry.set_sink(distributed.RaySink())
-        self._settings, self._encoder, self._shards = settings, encoder, shards
+        self._settings, self._encoder = settings, encoder
         self._serving = Serving(
             uri,
             refresh_s=settings.refresh_s,
             held_versions=settings.held_versions,
             prepare=self._prepare if encoder is not None else None,
+            opened=self._opened if shards else None,
             pictures=settings.pictures,
         )
+        self._peers = Deployments(shards)
         self._serving.start()
 
     def __serve_build_asgi_app__(self) -> Border:
@@ -142,13 +178,17 @@ class Search:
         if not self._serving.alive:
             raise RuntimeError("the thread that follows the index has ended")
 
+    def _opened(self, log: Log, version: Version, before: View | None) -> Index:
+        whole = Index(log, version, writable=False)
+        return SpreadIndex(whole, self._peers, before)
+
     def _prepare(self, uri: str) -> Mapping[str, Any]:
         try:
             found: Mapping[str, Any] = self._encoder.prepare.remote(uri).result()
             return found
         except RayTaskError as error:
             raise error.cause from None
-        except (RayActorError, DeploymentUnavailableError) as error:
+        except _GONE as error:
             raise Unavailable(f"no encoder answers: {error}") from error
 
     async def _encode(self, uri: str, data: bytes) -> EncodedImage:
@@ -156,7 +196,7 @@ class Search:
             answer = await self._encoder.encode.remote(uri, data)
         except RayTaskError as error:
             raise error.cause from None
-        except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
+        except _GONE as error:
             raise Unavailable(f"no encoder answers now; send it again: {type(error).__name__}") from error
         if isinstance(answer, str):
             raise InvalidInput(f"the picture cannot be read: {answer}")
@@ -201,7 +241,19 @@ def application(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=service.drain_s,
         logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
     )(Search)
-    return search.bind(settings.index.location(settings.root), service, handle, [])
+    return search.bind(settings.index.location(settings.root), service, handle, _shards(service))
+
+
+def _shards(service: ServiceSettings) -> list[Any]:
+    """The deployments over which shards are spread, each a name of its own: a call is for one of them."""
+    options: dict[str, Any] = {
+        "max_ongoing_requests": _CALLS_AT_ONCE,
+        "ray_actor_options": {"num_cpus": service.cpus},
+        "graceful_shutdown_timeout_s": service.drain_s,
+    }
+    return [
+        ray_serve.deployment(name=f"Shards-{number}", **options)(Searcher).bind() for number in range(service.spread)
+    ]
 
 
 def _cluster_has_gpus() -> bool:

@@ -25,7 +25,6 @@ from hashdist.index.manifest import resolve, rewritten
 from hashdist.index.pins import pinned
 from hashdist.index.view import View
 from hashdist.progress import say
-from hashdist.shards import opening
 from hashdist.store import open_store
 from hashdist.store.commit import Log, Version
 
@@ -230,7 +229,7 @@ class Serving:
 
     def _ready(self, index: Index, before: Served | None = None) -> Served:
         """A version whose files are here, whose kernels are compiled and whose model is loaded."""
-        bring(index.view)
+        index.view.bring()
         for queries in _WARM_QUERIES:
             hits = index.search(np.zeros((queries, index.bits // 8), np.uint8), 10)
             hits.keys()
@@ -257,16 +256,6 @@ class Serving:
         if self._now is not None:
             telemetry.SERVED_VERSION.set(self._now.version)
             telemetry.SERVED_AGE.set(age_s(self._now.index))
-
-
-def bring(view: View) -> None:
-    """Bring codes, ids and keys of all shards, and what is hidden in them, to this machine, each byte checked.
-
-    From then on a search needs no store. Raises Corrupt, NotFound, Unavailable.
-    """
-    for number in opening(view.shards, ("codes", "ids", "keys")):
-        view.dead(number)
-    _ = view.salts
 
 
 def age_s(index: Index) -> float:

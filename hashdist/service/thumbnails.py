@@ -4,6 +4,8 @@ import io
 import threading
 from collections import OrderedDict
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hashdist.errors import NotFound
@@ -14,6 +16,15 @@ SIDES = (16, 1024)
 """Least and most pixels of a thumbnail's longer side."""
 
 _KEPT_BYTES = 64 << 20
+
+
+def code_of(served: Served, key: str) -> NDArray[np.uint8]:
+    """The code uint8 [L/8] of a live image. Raises NotFound, without saying where the index lies."""
+    try:
+        code: NDArray[np.uint8] = served.index.codes_of([key])[0]
+        return code
+    except NotFound:
+        raise NotFound("this version of the index has no image of that key") from None
 
 
 class Thumbnails:
@@ -38,8 +49,7 @@ class Thumbnails:
         """A thumbnail of a live image. Raises NotFound, and what the collection raises."""
         if served.pictures is None:
             raise NotFound("this index has no collection to show pictures of")
-        if not served.index.view.find([key]).present[0]:
-            raise NotFound("this version of the index has no image of that key")
+        code_of(served, key)
         data = served.pictures.fetch([key]).get(key)
         if data is None:
             raise NotFound("the picture of that key is gone from the collection, or has changed since it was indexed")

@@ -1,11 +1,11 @@
 """Search over Ray actors: the shards of one version spread over several processes or machines.
 
-Every actor holds some of the shards and answers with its (distance, id) lists; the caller merges them, so answers are
-those of a search in one process, at any number of actors. `SpreadIndex` is an `Index` to search: keys and features
-of results it reads itself.
+Every peer (an actor, or a replica of the service) holds some of the shards and answers with its (distance, id) lists;
+the caller merges them, so answers are those of a search in one process, at any number of peers. `SpreadIndex` is an
+`Index` to search.
 
-A call names the version it is about, and an actor opens a version when it is first asked for. So a search sees one
-version throughout, an actor that was started again knows what to do, and a shard stays with its actor (and that
+A call names the version it is about, and a peer opens a version when it is first asked for. So a search sees one
+version throughout, a peer that was started again knows what to do, and a shard stays with its peer (and that
 machine's cache) from version to version.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from threading import Lock
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import ray
@@ -37,29 +37,85 @@ _CALLS_AT_ONCE = 8
 _CALL_TRIES = 2
 
 
-class SpreadIndex(Index):
-    """An index to search, its shards spread over actors. Use as a context manager, or `close` it. Needs Ray.
+class Call(NamedTuple):
+    """A question to one of several peers: its number, the method of `Searcher` and the arguments."""
+
+    peer: int
+    what: str
+    arguments: tuple[Any, ...]
+
+
+class Peers(Protocol):
+    """Processes that each run a `Searcher`."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def ask(self, calls: Sequence[Call]) -> list[Any]:
+        """The answers, in order; all are asked at once. Raises what a peer raises; Unavailable where one is gone."""
+        ...
+
+    def close(self) -> None:
+        """End what was started for them."""
+        ...
+
+
+class Actors:
+    """Peers that are Ray actors, started here; Ray starts one that dies again.
 
     Args:
-        index: any version of an index; `refresh` moves on to newer ones.
-        actors: how many.
+        count: how many.
         cpus: logical CPUs of each.
 
-    Raises InvalidInput for less than one actor.
+    Raises InvalidInput for less than one.
     """
 
-    def __init__(self, index: Index, actors: int, cpus: float = 1) -> None:
-        if actors < 1:
-            raise InvalidInput(f"a search needs at least one actor, found {actors}")
-        super().__init__(index.versions, index.view.version, writable=False)
+    def __init__(self, count: int, cpus: float = 1) -> None:
+        if count < 1:
+            raise InvalidInput(f"a search needs at least one actor, found {count}")
         options = {
             "num_cpus": cpus,
             "max_restarts": -1,
             "max_task_retries": _CALL_TRIES,
             "max_concurrency": _CALLS_AT_ONCE,
         }
-        self._actors: list[Any] = [ray.remote(_Searcher).options(**options).remote() for _ in range(actors)]
-        self._spread = SpreadView(self._log, index.view.version, index.view, self._actors)
+        self._actors: list[Any] = [ray.remote(Searcher).options(**options).remote() for _ in range(count)]
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self._actors)
+
+    def ask(self, calls: Sequence[Call]) -> list[Any]:
+        """See Peers."""
+        asked = [getattr(self._actors[call.peer], call.what).remote(*call.arguments) for call in calls]
+        try:
+            answers: list[Any] = ray.get(asked)
+            return answers
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            raise Unavailable(f"an actor that searches cannot be reached: {error}; open the index again") from error
+
+    def close(self) -> None:
+        """Stop the actors."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+class SpreadIndex(Index):
+    """An index to search, its shards spread over peers. Use as a context manager, or `close` it. Needs Ray.
+
+    Args:
+        index: any version of an index; `refresh` moves on to newer ones.
+        peers: who searches; a number = so many actors, started here.
+        before: a version of the same index over the same peers; its shards stay where they are.
+    """
+
+    def __init__(self, index: Index, peers: int | Peers, before: View | None = None) -> None:
+        super().__init__(index.versions, index.view.version, writable=False)
+        self._peers = Actors(peers) if isinstance(peers, int) else peers
+        self._spread = SpreadView(self._log, index.view.version, before or index.view, self._peers)
         try:
             self._spread.ready()
         except BaseException:
@@ -72,7 +128,7 @@ class SpreadIndex(Index):
         newest = self._newest()
         if newest.number <= self.version:
             return False
-        view = SpreadView(self._log, newest, self._view, self._actors)
+        view = SpreadView(self._log, newest, self._view, self._peers)
         view.ready()
         self._spread = view
         self._advance(view)
@@ -89,9 +145,8 @@ class SpreadIndex(Index):
         return found
 
     def close(self) -> None:
-        """Stop the actors."""
-        for actor in self._actors:
-            ray.kill(actor)
+        """End the peers."""
+        self._peers.close()
 
     def __enter__(self) -> "SpreadIndex":
         return self
@@ -101,21 +156,22 @@ class SpreadIndex(Index):
 
 
 class SpreadView(View):
-    """One version whose shards are searched by actors.
+    """One version whose shards are searched by peers.
 
     Args:
         log: of the index.
         version: a committed version.
-        before: a view whose open shards, and whose division among the same actors, are kept.
-        actors: of `_Searcher`.
+        before: a view whose open shards, and whose division among the same peers, are kept.
+        peers: who searches.
     """
 
-    def __init__(self, log: Log, version: Version, before: View, actors: Sequence[Any]) -> None:
+    def __init__(self, log: Log, version: Version, before: View, peers: Peers) -> None:
         super().__init__(log, version, before)
         placed: Mapping[str, int] = before.placed if isinstance(before, SpreadView) else {}
-        self.placed: dict[str, int] = place({shard.name: shard.rows for shard in self.shards}, len(actors), placed)
-        self._asked: list[tuple[Any, str, list[Any]]] = []
-        for number, actor in enumerate(actors):
+        self.placed: dict[str, int] = place({shard.name: shard.rows for shard in self.shards}, len(peers), placed)
+        self._peers = peers
+        self._asked: list[tuple[int, str, list[Any]]] = []
+        for number in range(len(peers)):
             entries = [
                 entry
                 for entry, shard in zip(self.manifest["shards"], self.shards, strict=True)
@@ -123,11 +179,15 @@ class SpreadView(View):
             ]
             if entries:
                 part = ray.put((log, Version(version.number, {**self.manifest, "shards": entries, "rows": 0})))
-                self._asked.append((actor, f"{log.uri} {version.number}", [part]))
+                self._asked.append((number, f"{log.uri} {version.number}", [part]))
 
     def ready(self) -> None:
-        """Return once every actor has opened its part."""
+        """Return once every peer has opened its part."""
         self._ask("matching", None)
+
+    def bring(self) -> None:
+        """See View: to the peers' machines."""
+        self._ask("bring")
 
     def matching(self, where: Filter | None) -> int:
         """See View."""
@@ -166,22 +226,15 @@ class SpreadView(View):
         return found
 
     def gather(self, what: str, wanted: Any, into: NDArray[Any]) -> NDArray[np.bool_]:
-        """Keys or features of ids, or codes of keys, from the actors that have them; which of them were found."""
+        """Keys or features of ids, or codes of keys, from the peers that have them; which of them were found."""
         there = np.zeros(len(into), np.bool_)
         for which, values in self._ask("take", what, ray.put(wanted)):
             into[which], there[which] = values, True
         return there
 
     def _ask(self, what: str, *arguments: Any) -> list[Any]:
-        """The answers of all actors that hold shards. Raises what they raise; Unavailable where one is gone."""
-        asked = [getattr(actor, what).remote(name, part, *arguments) for actor, name, part in self._asked]
-        try:
-            answers: list[Any] = ray.get(asked)
-            return answers
-        except RayTaskError as error:
-            raise error.cause from None
-        except RayActorError as error:
-            raise Unavailable(f"an actor that searches {self.uri} cannot be reached: {error}; open it again") from error
+        """The answers of all peers that hold shards. Raises what they raise; Unavailable where one is gone."""
+        return self._peers.ask([Call(peer, what, (name, part, *arguments)) for peer, name, part in self._asked])
 
 
 def place(rows: Mapping[str, int], actors: int, before: Mapping[str, int]) -> dict[str, int]:
@@ -194,13 +247,17 @@ def place(rows: Mapping[str, int], actors: int, before: Mapping[str, int]) -> di
     return placed
 
 
-class _Searcher:
-    """An actor: parts of the last versions, opened."""
+class Searcher:
+    """What runs in a peer's process: parts of the last versions, opened."""
 
     def __init__(self) -> None:
         telemetry.set_sink(distributed.RaySink())
         self._views: dict[str, View] = {}
         self._opening = Lock()
+
+    def bring(self, name: str, part: list[Any]) -> None:
+        """Bring all that a search reads to this machine."""
+        self._view(name, part).bring()
 
     def matching(self, name: str, part: list[Any], where: Filter | None) -> int:
         """Live rows here that match."""

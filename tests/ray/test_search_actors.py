@@ -23,7 +23,7 @@ from hashdist.schema import to_vectors, vector_schema
 from hashdist.settings import EvaluateSettings, IndexSettings, Settings
 from hashdist.stages import evaluate
 from hashdist.stages import index as stage
-from hashdist.stages.search import SpreadIndex, place
+from hashdist.stages.search import Actors, SpreadIndex, place
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, digest, write_table
 
@@ -86,7 +86,7 @@ def same(spread: Index, index: Index) -> None:
 @pytest.mark.parametrize("actors", [1, 2, 3])
 def test_actors_answer_as_one_process_does(tmp_path: Path, actors: int) -> None:
     index = made(str(tmp_path / "index"))
-    with SpreadIndex(index, actors, cpus=0.5) as spread:
+    with SpreadIndex(index, Actors(actors, 0.5)) as spread:
         same(spread, index)
         np.testing.assert_array_equal(spread.codes_of(["3-7", "0-1"]), index.codes_of(["3-7", "0-1"]))
         wanted = index.search(random_codes(4), 30, "row < 50")
@@ -103,7 +103,7 @@ def test_actors_answer_as_one_process_does(tmp_path: Path, actors: int) -> None:
 
 def test_actors_on_s3_move_on_with_the_index_and_come_back_when_killed(s3_endpoint: str) -> None:
     index = made(f"s3://hashdist/actors-{os.urandom(4).hex()}/index")
-    with SpreadIndex(open_index(index.uri), 2, cpus=0.5) as spread:
+    with SpreadIndex(open_index(index.uri), Actors(2, 0.5)) as spread:
         before = spread.search(random_codes(3), 1000).ids
         assert not spread.refresh()
         index.apply(random_codes(30, 77), [f"new-{row}" for row in range(30)], rerank=features_of(30))
@@ -112,7 +112,7 @@ def test_actors_on_s3_move_on_with_the_index_and_come_back_when_killed(s3_endpoi
         assert spread.refresh()
         assert spread.version == index.version
         same(spread, index)
-        for actor in spread._actors:
+        for actor in spread._peers._actors:
             ray.kill(actor, no_restart=False)
         time.sleep(0.2)
         np.testing.assert_array_equal(spread.search(random_codes(3), 1000).ids, index.search(random_codes(3), 1000).ids)
@@ -120,7 +120,7 @@ def test_actors_on_s3_move_on_with_the_index_and_come_back_when_killed(s3_endpoi
 
 def test_more_actors_than_shards_and_no_rows_at_all(tmp_path: Path) -> None:
     index = create_index(str(tmp_path / "index"), bits=16)
-    with SpreadIndex(index, 2, cpus=0.5) as spread:
+    with SpreadIndex(index, Actors(2, 0.5)) as spread:
         assert spread.search(random_codes(3), 4).ids.shape == (3, 0)
         assert spread.search_within(random_codes(3), 4).offsets.tolist() == [0, 0, 0, 0]
         index.append(random_codes(9), [str(row) for row in range(9)])

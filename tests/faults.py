@@ -136,13 +136,14 @@ class FaultyProxy:
 
     Fates: "ok"; "cut" (carried out, the connection closed without an answer); "twice"; "409"; "503" (not carried
     out); "503-after" (carried out, then 503); "ignore" (the condition is dropped on its way). The next `cut_gets`
-    answers to GETs break off in the middle.
+    answers to GETs break off in the middle. While `away`, every connection is closed without an answer.
     """
 
     def __init__(self, upstream: str, fates: list[str] | None = None) -> None:
         self.fates = fates or []
         self.always = "ok"
         self.cut_gets = 0
+        self.away = False
         self.conditional_puts = 0
         address = urlsplit(upstream).netloc
 
@@ -175,6 +176,9 @@ class FaultyProxy:
     def handle(self, request: BaseHTTPRequestHandler, address: str) -> None:
         """Forward one request, or do to it what the script says."""
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        if self.away:
+            request.close_connection = True
+            return
         headers = dict(request.headers.items())
         fate = "ok"
         if request.command == "PUT" and "If-None-Match" in headers:

@@ -7,9 +7,11 @@ stdout, with --json as exactly one JSON object. Exit codes: 0 done, 2 wrong inpu
 import difflib
 import importlib
 import json
+import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -25,6 +27,7 @@ from hashdist.settings import (
     CompareOptions,
     ConvertOptions,
     DedupOptions,
+    MetricsSettings,
     PromoteOptions,
     ProtocolCheckOptions,
     ProtocolOptions,
@@ -39,6 +42,9 @@ from hashdist.settings import (
     TagOptions,
     VacuumOptions,
 )
+
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it in the process that a job was submitted to run."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +199,18 @@ def _run(name: str, words: list[str]) -> dict[str, Any]:
     module, function = command.target.split(":")
     call = getattr(importlib.import_module(module), function)
     arguments = [*command.fixed, *([options] if command.options else [])]
-    with telemetry.exported(settings.metrics):
+    with _observed(settings):
         result: dict[str, Any] = call(settings, *arguments)
     return result
+
+
+def _observed(settings: Settings) -> AbstractContextManager[object]:
+    """While it is open, observations go where the settings say; else into Ray, if this is the process of a Ray job."""
+    if _RAY_JOB in os.environ and settings.metrics == MetricsSettings():
+        distributed = importlib.import_module("hashdist.distributed")
+        session: AbstractContextManager[object] = distributed.observed_session(settings)
+        return session
+    return telemetry.exported(settings.metrics)
 
 
 def parse(name: str, words: Sequence[str]) -> tuple[Settings, Any]:

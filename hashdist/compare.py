@@ -260,7 +260,7 @@ class _Lab:
         if find_method(entry.method).USES == "labels":
             settings = replace(settings, graph=replace(settings.graph, labelled=True))
         results = {}
-        with distributed.session(settings.cluster), pipeline.run_metrics(settings):
+        with distributed.observed_session(settings):
             for stage in ("graph", "train", "encode"):
                 results[stage] = pipeline.run_in_session(settings, stage)
         table = read_vectors(pipeline.snapshot("encode", settings), ["code"], self._corpus.ids)

@@ -20,7 +20,7 @@ from ray.util import metrics as ray_metrics
 
 from hashdist import telemetry
 from hashdist.progress import Progress
-from hashdist.settings import ClusterSettings
+from hashdist.settings import ClusterSettings, Settings
 from hashdist.store.commit import Artefact
 
 _QUIET = {
@@ -74,6 +74,13 @@ def session(settings: ClusterSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def observed_session(settings: Settings) -> Iterator[None]:
+    """A session in which observations of this process go where the settings say, else into Ray."""
+    with session(settings.cluster), telemetry.exported(settings.metrics, RaySink()):
+        yield
 
 
 @contextmanager

@@ -6,7 +6,6 @@ nothing is passed from job to job but the configuration file. `run_stage` runs o
 """
 
 import time
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +74,7 @@ def inputs(stage: str, settings: Settings) -> list[Artefact]:
 def run_stage(settings: Settings, stage: str) -> dict[str, Any]:
     """Run one stage on what is committed; a stage that is done already is recognised and skipped."""
     _check(settings)
-    with distributed.session(settings.cluster), run_metrics(settings):
+    with distributed.observed_session(settings):
         return run_in_session(settings, stage)
 
 
@@ -83,7 +82,7 @@ def run_all(settings: Settings) -> dict[str, Any]:
     """Run every stage in order, skipping those whose artefact is committed; one Ray session for all."""
     _check(settings)
     started = time.perf_counter()
-    with distributed.session(settings.cluster), run_metrics(settings):
+    with distributed.observed_session(settings):
         results: dict[str, Any] = {}
         for stage in STAGES:
             if stage == "collection" and settings.features.source:
@@ -120,8 +119,3 @@ def summary(stage: str, result: dict[str, Any]) -> str:
 def _check(settings: Settings) -> None:
     if not settings.root:
         raise InvalidInput("a root is required, found none; give --root FOLDER or --root s3://bucket/prefix")
-
-
-def run_metrics(settings: Settings) -> AbstractContextManager[object]:
-    """Observations of the driver: for Prometheus if a port or gateway is set, else through Ray's endpoint."""
-    return telemetry.exported(settings.metrics, distributed.RaySink())

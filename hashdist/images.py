@@ -39,6 +39,9 @@ _FORMATS = tuple(
         PpmImagePlugin.PpmImageFile,
     )
 )
+_TILE = (322, 323)  # TIFF tags: width and length
+_PLAIN = "ppm_plain"  # numbers as text, which Pillow reads in Python
+_MOST_PLAIN_BYTES = 2_000_000
 _SIXTEEN_BIT = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N"))
 _ALPHA = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
 _ORIENTATION = 0x0112
@@ -83,8 +86,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         raise BadImage("empty", "0 bytes")
     try:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise BadImage("too-large", f"{image.width} x {image.height} pixels, at most {max_pixels} are read")
+            _check_size(image, len(data), max_pixels)
             image.load()
             upright = _UPRIGHT.get(_orientation(image))
             colours = _rgb(image)
@@ -103,12 +105,24 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         raise BadImage(slug, f"{type(error).__name__}: {error}") from error
 
 
+def _check_size(image: Image.Image, size: int, max_pixels: int) -> None:
+    """Raises BadImage for what would take too much memory or time to decode, by what the header claims."""
+    tile_width, tile_length = (int(getattr(image, "tag_v2", {}).get(tag, 0)) for tag in _TILE)
+    for what, width, height in (("", image.width, image.height), ("a tile of ", tile_width, tile_length)):
+        if width * height > max_pixels:
+            raise BadImage("too-large", f"{what}{width} x {height} pixels, at most {max_pixels} are read")
+    if size > _MOST_PLAIN_BYTES and any(part[0] == _PLAIN for part in getattr(image, "tile", ())):
+        raise BadImage("too-large", f"{size} bytes of pixels as text, at most {_MOST_PLAIN_BYTES} are read")
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in _SIXTEEN_BIT:
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray((grey.clip(0, 65_535) >> 8).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image)
+        if grey.dtype.itemsize > 2:
+            grey = grey.clip(0, 65_535)
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in _ALPHA or "transparency" in image.info:
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))

@@ -41,6 +41,7 @@ _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _TRANSFORMS_INPUT = ("googlenet", "inception_v3")  # hub weights of these expect a rescaled input
 _NESTED = ("state_dict", "model", "model_state_dict")
 _NAMED = 5  # keys shown in an error
+_LONGEST = 16  # sides of a picture that is resized by its shorter one: the ends of a longer strip are cropped anyway
 
 
 class Tap(NamedTuple):
@@ -78,8 +79,9 @@ class Preprocess:
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """uint8 [H, W, 3] to uint8 [S, S, 3]: resized (antialiased, as torchvision does to PIL images), cropped."""
-        height, width = image.shape[:2]
         if self.resize:
+            image = _shortened(image)
+            height, width = image.shape[:2]
             scaled = self._scaled(image, _shorter_side(width, height, self.resize))
             top, left = (round((side - self.size) / 2) for side in scaled.shape[:2])
             scaled = scaled[top : top + self.size, left : left + self.size]
@@ -92,6 +94,13 @@ class Preprocess:
             return image
         method = Image.Resampling[self.interpolation.upper()]
         return np.asarray(Image.fromarray(image).resize(size, method))
+
+
+def _shortened(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The middle of a strip: scaled whole, one of 8 x 8,000,000 pixels would be 50 gigapixels."""
+    most = _LONGEST * min(image.shape[:2])
+    top, left = (max(0, side - most) // 2 for side in image.shape[:2])
+    return image[top : top + most, left : left + most]
 
 
 def _shorter_side(width: int, height: int, side: int) -> tuple[int, int]:

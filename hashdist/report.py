@@ -115,7 +115,7 @@ def write_page(
     if manifest["mode"] == "images":
         sections.append(("What the codes rest on (Grad-CAM)", _gradcam(plot, model, found)))
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections)
-    title = f"hashdist: {manifest['method'].upper()}, {manifest['bits']} bits"
+    title = html.escape(f"hashdist: {manifest['method'].upper()}, {manifest['bits']} bits")
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{page}<h1>{title}</h1>{body}</html>")

@@ -19,6 +19,7 @@ from PIL import Image
 from hashdist.collections import Collection, open_collection
 from hashdist.commands import index_of
 from hashdist.errors import InvalidInput, NotFound
+from hashdist.images import BadImage, decode
 from hashdist.index import Index, engines, filters
 from hashdist.settings import SearchOptions, Settings
 from hashdist.store.base import joined
@@ -280,10 +281,13 @@ def picture_uri(collection: Collection | None, key: str) -> str | None:
 
 
 def picture_tag(data: bytes | None, side: int = 96) -> str:
-    """An <img> with the picture inside it, at most `side` pixels; empty where there is no picture."""
+    """An <img> with the picture inside it, at most `side` pixels; empty where there is none to show."""
     if data is None:
         return ""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    try:
+        image = Image.fromarray(decode(data))
+    except BadImage:
+        return ""
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

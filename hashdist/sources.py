@@ -41,8 +41,12 @@ SCANNED = pa.schema(
 )
 """A row per image in the order of the source; ids without salts where the format only learns its keys by scanning."""
 
+MAX_BYTES = 512 << 20
+"""Of an encoded image: one of images.MAX_PIXELS is smaller however it is encoded, but anything may lie in a bucket."""
+
 _REMOTE_READS = 16
 _SPAN_BYTES = 8 << 20
+_MOST_LABEL_BYTES = 65_536
 _UNIT_ROWS = 16_384
 
 
@@ -188,7 +192,8 @@ class FolderReader(Reader):
 
     def _get(self, key: str) -> bytes | Lost:
         try:
-            return self.store.get(key)
+            data = self.store.get(key, 0, MAX_BYTES + 1)
+            return data if len(data) <= MAX_BYTES else Lost(f"too-large: more than {MAX_BYTES} bytes")
         except NotFound:
             return Lost("vanished: it was listed, but is not there any more")
         except InvalidInput as error:
@@ -415,8 +420,10 @@ class _Sample:
         """Use a member: the first plain image (`jpg`), else the first of several words (`seg.png`)."""
         plain = f".{extension}" in EXTENSIONS
         if PurePosixPath(f"x.{extension}").suffix in EXTENSIONS and (self.offset is None or (plain and not self.plain)):
-            self.image, self.offset, self.plain = _content(tar, member), member.offset_data, plain
-        elif extension == "cls" and labels:
+            large = member.size > MAX_BYTES  # a sparse member claims to be larger than the tar it is in
+            self.image = Lost(f"too-large: {member.size} bytes") if large else _content(tar, member)
+            self.offset, self.plain = member.offset_data, plain
+        elif extension == "cls" and labels and member.size <= _MOST_LABEL_BYTES:
             self.label = _content(tar, member).decode(errors="replace").strip() or None
         else:
             self.others.append(extension)
@@ -446,7 +453,7 @@ def _samples(tar: tarfile.TarFile, labels: bool) -> Iterator[_Sample]:
 
 
 def _finished(sample: _Sample) -> _Sample:
-    if isinstance(sample.image, Lost):
+    if isinstance(sample.image, Lost) and not sample.image.reason:
         sample.image = Lost(f"no-image: the sample has only {', '.join(sample.others) or 'a label'}")
     return sample
 

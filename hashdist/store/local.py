@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,9 +71,10 @@ class LocalStore(Store):
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """See Store."""
         telemetry.count_request("get")
-        with _reading(self.uri, name), self.local_path(name).open("rb") as file:
+        with _reading(self.uri, name), open(self.local_path(name), "rb", opener=_regular) as file:
             file.seek(start)
-            data = file.read() if length is None else file.read(length)
+            left = max(0, os.fstat(file.fileno()).st_size - start)
+            data = file.read(left if length is None else min(length, left))
         telemetry.count_bytes("read", len(data))
         return data
 
@@ -186,6 +188,15 @@ def _walk(folder: Path, base: str, prefix: bytes, after: bytes, above: frozenset
         elif full.startswith(prefix) and full > after and not name.startswith(TEMPORARY):
             with suppress(FileNotFoundError):  # gone since the folder was read, or a link to nothing
                 yield _entry(base + name, entry.stat())
+
+
+def _regular(path: str, flags: int) -> int:
+    """Descriptor of a file. A pipe or a device under an image's name would be waited for, or read, without end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EPERM, "it is no regular file")
 
 
 def _entry(name: str, status: os.stat_result) -> Entry:

@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from PIL import Image
 
 from hashdist.collections import KIND, assemble, described, label_numbers, list_collection, plan, write_unit
 from hashdist.index import Index, create_index, open_index
+from hashdist.index.compaction import compact
 from hashdist.index.retention import rollback
 from hashdist.model import Model, load_model
 from hashdist.settings import CollectionSettings
@@ -116,6 +118,11 @@ class ServiceWorld:
         self.current = self.new_model()
         return self._publish(corrupt=False)
 
+    def compact(self) -> int:
+        """The same rows in one shard."""
+        compact(self.index, everything=True)
+        return self.index.version
+
     def rollback(self, to: int) -> int:
         """A version with the content of an older one."""
         rollback(self.index, to)
@@ -172,13 +179,18 @@ class ServiceWorld:
 
     def _encoded(self, keys: list[str]) -> tuple[NDArray[np.uint8], pa.Table]:
         data = [self.picture(key) for key in keys]
-        labels = pa.array([[len(key) % 3] for key in keys], pa.list_(pa.int32()))
+        labels = pa.array([[label_of(key)] for key in keys], pa.list_(pa.int32()))
         return self.current.encode(data), pa.table({"digest": [content_digest(one) for one in data], "labels": labels})
 
 
+def label_of(key: str) -> int:
+    """The one label of a key: 0, 1 or 2."""
+    return zlib.crc32(key.encode()) % 3
+
+
 def blocks(seed: int, side: int) -> bytes:
-    """A PNG file of 8 x 8 coloured blocks: a function of its seed, and another code for nearly every seed."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    """A PNG file of 4 x 4 blocks in bright colours: a function of its seed, with another code for nearly every seed."""
+    pixels = np.random.default_rng(seed).integers(0, 2, (4, 4, 3), np.uint8) * np.uint8(255)
     sink = io.BytesIO()
     Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST).save(sink, "PNG")
     return sink.getvalue()

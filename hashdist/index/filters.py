@@ -66,7 +66,10 @@ class Filter:
 
 def ids(values: Iterable[int] | NDArray[np.int64], *, keep: bool = True) -> Filter:
     """Only these ids, or, with keep=False, all others."""
-    found = np.unique(np.asarray(values if isinstance(values, np.ndarray) else list(values), np.int64))
+    try:
+        found = np.unique(np.asarray(values if isinstance(values, np.ndarray) else list(values), np.int64))
+    except OverflowError as error:
+        raise InvalidInput("an id is a whole number below 2**63, found a larger one") from error
     return Filter((_Ids(_digest(found.tobytes()), keep, found),))
 
 
@@ -188,7 +191,7 @@ class _Predicate:
             made = pa.scalar(value)
             if pa.types.is_temporal(kind):
                 return made.cast(kind)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OverflowError):
             made = None
         if made is None or _family(made.type) != _family(kind):
             raise InvalidInput(

@@ -96,7 +96,9 @@ class SearchRequest(BaseModel):
         None, ge=0, le=8192, description="only images whose codes differ in at most so many bits"
     )
     where: str | None = Field(None, max_length=4096, description="only images that match, such as `label in 3,5`")
-    version: str | int | None = Field(None, description="an older version of the index, by number or tag")
+    version: Annotated[str, Field(max_length=256)] | Annotated[int, Field(ge=0, lt=1 << 63)] | None = Field(
+        None, description="an older version of the index, by number or tag"
+    )
     exclude_self: bool = Field(False, description="leave the image of `key` out of its own results")
 
 
@@ -150,6 +152,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
         400: "wrong input",
         401: "no token, or another",
         404: "no such key or version",
+        408: "the body came too slowly",
         413: "too large",
         429: "too many pictures",
         503: "no version yet, or too many requests",
@@ -183,6 +186,7 @@ def routes(backend: Backend) -> FastAPI:
     app.add_exception_handler(HashdistError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_error)  # Starlette's own 500 is plain text
 
     @app.get("/search", response_model=SearchAnswer, responses=_FAILURES, summary="Search by key or code")
     async def search_by_query(request: Request, asked: Annotated[SearchRequest, Query()]) -> Response:
@@ -221,7 +225,10 @@ def routes(backend: Backend) -> FastAPI:
     async def readyz() -> Response:
         """Whether searches are answered, and what stands in the way of the newest version."""
         status, reasons = backend.serving.state()
-        return _json({"status": status, "reasons": reasons}, 503 if status == "not ready" else 200)
+        return _json(
+            {"status": status, "reasons": [limits.public(reason) for reason in reasons]},
+            503 if status == "not ready" else 200,
+        )
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -363,7 +370,7 @@ class _Answers:
         for key, id_, distance in rows:
             if asked.exclude_self and key == asked.key:
                 continue
-            shown = f"pictures/{quote(key)}" if served.pictures is not None else None
+            shown = f"pictures/{_quoted(key)}" if served.pictures is not None else None
             hit = {"key": key, "id": str(id_), "distance": distance, "picture": shown}
             hits.append({**hit, "uri": picture_uri(served.pictures, key)} if self._settings.uris else hit)
         return hits[:depth], asked.radius is not None and within >= depth and within == len(found.ids)
@@ -418,6 +425,11 @@ def _parsed(text: str, bits: int) -> NDArray[np.uint8]:
     if len(code) * 8 != bits:
         raise InvalidInput(f"the index has codes of {bits} bits, found {len(code) * 8}")
     return code
+
+
+def _quoted(key: str) -> str:
+    """A key as the end of a relative URL; segments that a browser would take for steps up are hidden in one."""
+    return quote(key, safe="" if {"", ".", ".."} & set(key.split("/")) else "/")
 
 
 def _json(content: Any, status: int = 200) -> Response:

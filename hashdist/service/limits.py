@@ -3,6 +3,7 @@
 `Border` is plain ASGI (one call a request, nothing allocated per chunk), because what it costs every search pays.
 """
 
+import asyncio
 import hmac
 import json
 import logging
@@ -28,6 +29,8 @@ OPEN = frozenset(("", "page.js", "page.css", "healthz", "readyz", "metrics", "do
 """First words of the paths that need no token: none of them says anything about an image."""
 
 _STATIC = "static-offline-docs"
+BODY_S = 30.0
+_DIGITS = 18
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _QUIET = frozenset(("healthz", "readyz", "metrics"))
 _ROUTES = OPEN | {"search", "pictures", "version", _STATIC}
@@ -35,6 +38,10 @@ _ROUTES = OPEN | {"search", "pictures", "version", _STATIC}
 
 class TooLarge(HashdistError):
     """A body beyond the limit: send less."""
+
+
+class TooSlow(HashdistError):
+    """A body that did not come in time: send it faster, or a smaller one."""
 
 
 class TooMany(HashdistError):
@@ -82,11 +89,14 @@ class Border:
         app: the routes.
         most_bytes: of a body.
         most_at_once: requests in work; further ones get 503.
+        body_s: a body must have come after so long, or who sends slowly would keep the others out.
         token: what requests must carry as a bearer token; empty = nothing.
     """
 
-    def __init__(self, app: App, *, most_bytes: int, most_at_once: int, token: str = "") -> None:
-        self._app, self._most_bytes, self._most_at_once = app, most_bytes, most_at_once
+    def __init__(
+        self, app: App, *, most_bytes: int, most_at_once: int, body_s: float = BODY_S, token: str = ""
+    ) -> None:
+        self._app, self._most_bytes, self._most_at_once, self._body_s = app, most_bytes, most_at_once, body_s
         self._token = token.encode()
         self._in_work = 0
 
@@ -120,17 +130,25 @@ class Border:
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
                 raise Unauthorized("a bearer token is required: send the header `Authorization: Bearer TOKEN`")
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._most_bytes:
-            raise self._too_large(f"{int(length)} bytes")
+        if length.isdigit() and (len(length) > _DIGITS or int(length) > self._most_bytes):
+            raise self._too_large(f"{length[:_DIGITS].decode()} bytes")
 
     def _bounded(self, receive: Receive) -> Receive:
-        """`receive` that raises TooLarge once more than the limit has come, whatever the headers said."""
-        came = 0
+        """`receive` that raises TooLarge once more than the limit has come, whatever the headers said, or TooSlow."""
+        came, until = 0, time.monotonic() + self._body_s
+        coming = True
 
         async def bounded() -> Message:
-            nonlocal came
-            message = await receive()
+            nonlocal came, coming
+            if not coming:  # what comes now is that the client has gone
+                return await receive()
+            try:
+                async with asyncio.timeout(until - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise TooSlow(f"a body must come within {self._body_s:g} seconds; send a smaller picture") from None
             came += len(message.get("body", b""))
+            coming = bool(message.get("more_body"))
             if came > self._most_bytes:
                 raise self._too_large("more")
             return message
@@ -195,6 +213,7 @@ _STATUS = {
     "InvalidInput": 400,
     "Unauthorized": 401,
     "NotFound": 404,
+    "TooSlow": 408,
     "AlreadyExists": 409,
     "TooLarge": 413,
     "TooMany": 503,
@@ -215,12 +234,22 @@ class Busy(TooMany):
 def failure(error: Exception, request_id: str) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and JSON body that say an error; one that was not raised on purpose says nothing of itself."""
     kind = type(error).__name__ if isinstance(error, HashdistError) else "InternalError"
-    message = str(error) if isinstance(error, HashdistError) else "the service failed; its log says why"
+    message = public(str(error)) if isinstance(error, HashdistError) else "the service failed; its log says why"
     status = _STATUS.get(kind, 500)
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if status in (408, 413):  # the rest of the body is not read
+        headers["Connection"] = "close"
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, round(getattr(error, "after_s", _RETRY_S))))
     return status, headers, error_body(kind, message, request_id)
+
+
+_PLACES = re.compile(r"""[A-Za-z][\w+.-]*://[^\s'"`;,)]+|(?<![\w/.])/(?:[^\s'"`;:,/]+/)+[^\s'"`;:,)]*""")
+
+
+def public(message: str) -> str:
+    """A message without URIs and absolute paths: where things lie is for the log, not for callers."""
+    return _PLACES.sub("...", message)
 
 
 def error_body(kind: str, message: str, request_id: str) -> bytes:

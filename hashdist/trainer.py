@@ -34,6 +34,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
 _FOLLOW_EVERY_S = 0.3
+_LEAVE_S = 5.0
 _TRANSIENT = (Unavailable, OutcomeUnknown)
 
 
@@ -148,7 +149,8 @@ class _Gloo(Backend):
         ray.get([worker_group.execute_single_async(rank, _join, address, rank, size) for rank in range(size)])
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:  # noqa: ARG002
-        ray.get(worker_group.execute_async(_leave), timeout=5)
+        # where a rank is gone, another may wait for it for ever; both are killed next
+        ray.wait(worker_group.execute_async(_leave), num_returns=len(worker_group), timeout=_LEAVE_S)
 
 
 def _free_address() -> str:

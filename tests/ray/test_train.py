@@ -17,6 +17,7 @@ import pytest
 import ray
 from PIL import Image
 
+from hashdist import trainer
 from hashdist.errors import Conflict, InvalidInput
 from hashdist.model import load_model
 from hashdist.schema import from_vectors
@@ -278,6 +279,22 @@ def test_images_without_labels_cannot_train_a_supervised_method(
     other.publish({**fields, "files": {"labels": entry}})
     with pytest.raises(InvalidInput, match=message):
         train.run(_settings(tmp_path.as_uri(), method="csdh"), other, there.features)
+
+
+def test_ranks_that_do_not_leave_are_not_waited_for(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a rank has gone and the other sits in a collective with it."""
+    asleep = [ray.remote(lambda: time.sleep(60)).options(num_cpus=0).remote() for _ in range(2)]
+
+    class Stuck(list[Any]):
+        def execute_async(self, leave: Callable[[], None]) -> list[Any]:
+            return list(self)
+
+    monkeypatch.setattr(trainer, "_LEAVE_S", 0.2)
+    group = trainer.GlooConfig()
+    group.backend_cls().on_shutdown(Stuck(asleep), group)
+    assert ray.wait(asleep, num_returns=2, timeout=0)[0] == []
+    for reference in asleep:
+        ray.cancel(reference)
 
 
 def test_a_graph_of_other_features_is_refused(ray_session: None, made: Callable[..., Any], tmp_path: Path) -> None:

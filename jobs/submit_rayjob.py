@@ -160,22 +160,27 @@ def wait(api: Api, name: str, patience: float, pause: float) -> int:
         time.sleep(pause)
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description="start a copy of a suspended RayJob, and wait for it")
+    made.add_argument("--template", required=True, help="the suspended RayJob")
+    made.add_argument("--name", required=True, help="of the run; the same name is the same run")
+    made.add_argument("--owner", default="", help="NAME/UID of the Job with which the run is deleted")
+    made.add_argument("--server", default=_server(), help="URL of the Kubernetes API; default: the pod's own cluster")
+    made.add_argument("--namespace", default="", help="default: the pod's own")
+    made.add_argument("--account", type=Path, default=Path("/var/run/secrets/kubernetes.io/serviceaccount"))
+    made.add_argument("--patience", type=float, default=900.0, help="seconds that the API may be away")
+    made.add_argument("--pause", type=float, default=10.0, help="seconds between two questions")
+    return made
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="start a copy of a suspended RayJob, and wait for it")
-    parser.add_argument("--template", required=True, help="the suspended RayJob")
-    parser.add_argument("--name", required=True, help="of the run; the same name is the same run")
-    parser.add_argument("--owner", default="", help="NAME/UID of the Job with which the run is deleted")
-    parser.add_argument("--server", default=_server(), help="URL of the Kubernetes API; default: the pod's own cluster")
-    parser.add_argument("--namespace", default="", help="default: the pod's own")
-    parser.add_argument("--account", type=Path, default=Path("/var/run/secrets/kubernetes.io/serviceaccount"))
-    parser.add_argument("--patience", type=float, default=900.0, help="seconds that the API may be away")
-    parser.add_argument("--pause", type=float, default=10.0, help="seconds between two questions")
-    given = parser.parse_args(argv)
+    words = parser()
+    given = words.parse_args(argv)
     if len(given.name) > LONGEST_NAME:
-        parser.error(f"--name must have at most {LONGEST_NAME} characters for KubeRay, found {len(given.name)}")
+        words.error(f"--name must have at most {LONGEST_NAME} characters for KubeRay, found {len(given.name)}")
     namespace = given.namespace or _read(given.account / "namespace")
     if not (given.server and namespace):
-        parser.error("outside of a pod, --server and --namespace are required (see `kubectl proxy`)")
+        words.error("outside of a pod, --server and --namespace are required (see `kubectl proxy`)")
     signal.signal(signal.SIGTERM, lambda *_: _stop(given.name))
     try:
         api = Api(given.server, namespace, given.account)

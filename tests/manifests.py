@@ -1,4 +1,4 @@
-"""Kubernetes objects held against the schemas of their kinds, strictly: a field that a schema does not name is an error."""
+"""Kubernetes objects held against the schemas of their kinds, strictly: a field that no schema names is an error."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import kubernetes_validate
 import kubernetes_validate.utils
 import yaml
 
-from tests.kustomize import LOADER, Object
+from kustomize import LOADER, Object
 
 KUBERNETES = "1.35"
 ROOT = Path(__file__).parents[1]

@@ -74,7 +74,7 @@ class Wrong(Exception):
 
 def say(text: str) -> None:
     """A line on stderr, with the time."""
-    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 # Machines
@@ -208,8 +208,8 @@ class Cluster:
         if not ceph:
             return [sys.executable, "-m", "moto.server", "-H", S3, "-p", str(S3_PORT)]
         # the script's servers listen on a loopback, which no other machine reaches
-        moved = f"sed 's/127[.]0[.]0[.]1/{S3}/g' {ceph} > $FOLDER/own/ceph.sh; bash $FOLDER/own/ceph.sh up $FOLDER/own/ceph {S3_PORT}"
-        return ["sh", "-c", f"{moved}; exec sleep infinity"]
+        moved = f"cd $FOLDER/own; sed 's/127[.]0[.]0[.]1/{S3}/g' {Path(ceph).resolve()} > ceph.sh"
+        return ["sh", "-c", f"{moved}; bash ceph.sh up ceph {S3_PORT}; exec sleep infinity"]
 
     def _ray_command(self, address: str, *more: str) -> list[str]:
         head = more == ("--head",)
@@ -489,7 +489,7 @@ class Run:
         return [log.read(number).manifest for log in (Log(root.child(run)) for run in runs) for number in log.numbers()]
 
     def _victim(self, job: Job, stage: str) -> Machine:
-        """A node that works on it now. In training the one of rank 0, which writes; if it is cut off for good, the other."""
+        """A node that works on it now: in training that of rank 0, which writes; the other is cut off for good."""
         if stage == "train":
             writer = self.cluster.workers[self._checkpoints()[-1]["worker"]["host"]]
             if self.faults[stage] != "cut":
@@ -654,10 +654,9 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for f in result["faults"]:
-        lines.append(
-            f"| {f['fault']} | {f['stage']} | {f['done']} | {f['noticed_s']:.1f} s | {f['retried']} | {f['seconds']:.1f} s | "
-            f"{f['seconds_without']:.1f} s | {'yes' if f['equal'] else 'no: ' + ', '.join(f['differ'])} |"
-        )
+        cells = [f["fault"], f["stage"], f["done"], f"{f['noticed_s']:.1f} s", f["retried"], f"{f['seconds']:.1f} s"]
+        cells += [f"{f['seconds_without']:.1f} s", "yes" if f["equal"] else f"no: {', '.join(f['differ'])}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -736,7 +735,7 @@ def main() -> int:
         except Wrong as error:
             say(f"WRONG: {error}")
             return 1
-        print(json.dumps(result) if arguments.json else table(result), flush=True)
+        print(json.dumps(result) if arguments.json else table(result), flush=True)  # noqa: T201
         return 0 if result["equal"] else 1
     if reason := refusal():
         say(reason)

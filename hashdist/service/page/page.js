@@ -247,7 +247,7 @@ function showQuery(query) {
   const pictured = Boolean(query.picture || (query.key && service?.pictures));
   at("frame").hidden = !pictured;
   at("invite").hidden = pictured;
-  at("asked").hidden = !query.picture && !query.key;
+  at("asked").hidden = !pictured;
   at("asked").textContent = query.picture ? query.picture.name || "Pasted picture" : (query.key ?? "");
   image.className = "";
   image.removeAttribute("src");
@@ -359,7 +359,7 @@ function tile(hit, found, query) {
     face.append(pattern);
     whenSeen(pattern, async () => {
       const code = await codeOf(hit, found);
-      if (code) draw(pattern, bitsOf(code), bitsOf(found.code));
+      if (code) draw(pattern, bitsOf(code), bitsOf(found.code), 8 * Math.ceil(Math.sqrt(found.bits) / 8));
     });
   }
   return element("li", {}, link);
@@ -387,8 +387,7 @@ function showCode(found) {
 }
 
 /** A square for each bit, row by row; with another code, the bits in which it differs stand out. */
-function draw(svg, bits, other = bits) {
-  const columns = bits.length <= 128 ? Math.min(bits.length, 16) : 32;
+function draw(svg, bits, other = bits, columns = bits.length <= 128 ? 16 : 32) {
   const rows = Math.ceil(bits.length / columns);
   svg.setAttribute("viewBox", `0 0 ${columns} ${rows}`);
   svg.replaceChildren(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from hashdist import __version__, telemetry
 from hashdist.errors import HashdistError, InvalidInput
@@ -455,7 +456,17 @@ async def _on_http(request: Request, error: Exception) -> Response:
     body = limits.error_body(
         _KINDS.get(error.status_code, "InvalidInput"), str(error.detail), request.scope["hashdist"].request_id
     )
-    return Response(body, error.status_code, dict(error.headers or {}), media_type="application/json")
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette names the methods of the first route only
+        headers["Allow"] = ", ".join(_methods(request))
+    return Response(body, error.status_code, headers, media_type="application/json")
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods that some route of this path has."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    there = [route.methods or set() for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted(set().union(*there))
 
 
 def _said(problems: Any) -> str:

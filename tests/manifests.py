@@ -10,7 +10,6 @@ import jsonschema
 import kubernetes_validate
 import kubernetes_validate.utils
 import yaml
-
 from kustomize import LOADER, Object
 
 KUBERNETES = "1.35"

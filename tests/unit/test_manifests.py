@@ -118,7 +118,7 @@ def test_every_object_is_valid(folder: str) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not here")
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [*STANDING, "monitoring", "jobs/reindex", "jobs/pipeline", "overlays/aws/job"])
 def test_kustomize_renders_the_same(folder: str, tmp_path: Path) -> None:
     place = K8S / folder
     if folder == "raycronjob":

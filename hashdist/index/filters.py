@@ -44,6 +44,9 @@ _COMPARE: dict[str, Callable[..., pa.Array]] = {
 }
 _LIST_OPERATORS = ("in", "not in", "all")
 _COPIED_BELOW = 1 / 16  # of a shard's rows: a masked scan then costs more than a copy of these rows
+MOST_CONDITIONS = 32
+"""Of a filter that is given as text: each is looked at for every row."""
+
 _KEPT = 8  # evaluated filters per version
 
 
@@ -163,24 +166,26 @@ class _Predicate:
             return pc.and_(pc.greater_equal(stored, values[0]), pc.less_equal(stored, values[1]))
         if self.operator in _COMPARE:
             return _COMPARE[self.operator](stored, values[0])
-        found = np.zeros(len(stored), np.bool_)
-        for value in values:
-            found |= _true(pc.equal(stored, value))
+        found = _among(stored, values)
         return pa.array((~found if self.operator == "not in" else found) & _true(pc.is_valid(stored)))
 
     def _of_lists(self, stored: pa.Array) -> Flags:
         """Whether each list holds any of the values, none of them, or all."""
         items, owner = stored.flatten(), np.asarray(pc.list_parent_indices(stored), np.int64)
-        holds = []
-        for value in self._cast(stored.type.value_type):
-            holder = np.zeros(len(stored), np.bool_)
-            holder[owner[_true(pc.equal(items, value))]] = True
-            holds.append(holder)
-        valid = _true(pc.is_valid(stored))
-        if self.operator == "all":
-            return reduce(np.logical_and, holds, valid)
-        found = reduce(np.logical_or, holds, np.zeros(len(stored), np.bool_))
-        return valid & (~found if self.operator == "not in" else found)
+        values, found = self._cast(stored.type.value_type), _true(pc.is_valid(stored))
+
+        def holders(wanted: list[pa.Scalar]) -> Flags:
+            flags = np.zeros(len(stored), np.bool_)
+            flags[owner[_among(items, wanted)]] = True
+            return flags
+
+        if self.operator != "all":
+            return found & (~holders(values) if self.operator == "not in" else holders(values))
+        for value in dict.fromkeys(values):
+            if not found.any():
+                break
+            found &= holders([value])
+        return found
 
     def _cast(self, kind: pa.DataType) -> list[pa.Scalar]:
         """The values as what the column can be compared with. Raises InvalidInput where it cannot."""
@@ -199,6 +204,18 @@ class _Predicate:
                 + ("; put the number in quotes" if _family(kind) == "text" else "")
             )
         return made.cast(kind) if _family(kind) == "text" else made
+
+
+def _among(stored: pa.Array, values: Sequence[pa.Scalar]) -> Flags:
+    """Which values are equal to one of others, in one pass however many these are; null is equal to none."""
+    if not values:
+        return np.zeros(len(stored), np.bool_)
+    if _family(stored.type) != "number":
+        return _true(pc.is_in(stored, pa.array([value.as_py() for value in values], stored.type)))
+    wanted = np.unique(np.array([value.as_py() for value in values]))
+    numbers = pc.fill_null(stored, 0).to_numpy(zero_copy_only=False)
+    at = np.searchsorted(wanted, numbers).clip(max=len(wanted) - 1)
+    return np.asarray(wanted[at] == numbers, np.bool_) & _true(pc.is_valid(stored))
 
 
 def _family(kind: pa.DataType) -> str:
@@ -316,6 +333,8 @@ def parse(text: str) -> Filter:
     while True:
         made, at = _condition(text, tokens, at)
         conditions.append(made)
+        if len(conditions) > MOST_CONDITIONS:
+            raise InvalidInput(f"a filter may have at most {MOST_CONDITIONS} conditions; ask `NAME in V,V` for several")
         if at == len(tokens):
             return reduce(Filter.__and__, conditions)
         if tokens[at] != ("and", "word"):

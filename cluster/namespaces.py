@@ -191,7 +191,8 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
             "RAY_TMPDIR": f"{folder}/own",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_raylet_start_wait_time_s": "120",
+            "RAY_raylet_start_wait_time_s": "60",
+            "RAY_worker_niceness": "0",
             "HASHDIST_CACHE": f"{folder}/own/home/cache",
             "NUMBA_CACHE_DIR": f"{folder}/kernels",
             **HEALTH,
@@ -248,19 +249,27 @@ class Cluster:
         self.wait_for_nodes(seconds)
         for _ in range(nodes):
             self.add_node()
-        self.wait_for_nodes(seconds)
+            self.wait_for_nodes(seconds)
 
     def wait_for_nodes(self, seconds: float = 600) -> None:
-        """Until all worker machines are nodes that live."""
-        wanted = {machine.address for machine in (self.head, *self.workers.values())}
+        """Until the head and all worker machines are nodes that live. A node may fail to start on a busy machine."""
+        tries = 3
 
         def there() -> bool:
-            for machine in (self.s3, self.head, *self.workers.values()):
+            nonlocal tries
+            for machine in (self.s3, self.head):
                 if machine.ended:
                     raise Wrong(f"{machine.name} has ended:\n{machine.log.read_text()[-2000:]}")
+            for machine in [machine for machine in self.workers.values() if machine.ended]:
+                tries -= 1
+                if tries < 0:
+                    raise Wrong(f"{machine.name} has ended:\n{machine.log.read_text()[-2000:]}")
+                del self.workers[machine.name]
+                self.add_node()
+            wanted = {machine.address for machine in (self.head, *self.workers.values())}
             return wanted <= set(_quietly(self.alive) or {})
 
-        _wait(f"Ray nodes {sorted(wanted)}", there, seconds, 0.5)
+        _wait("all Ray nodes", there, seconds, 0.5)
 
     def alive(self) -> dict[str, str]:
         """Address of every live node -> its id."""

@@ -16,6 +16,7 @@ import atexit
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -47,6 +48,7 @@ _RECENT_S = 60
 
 _STALE_S = 86_400
 _ALIVE = "alive"
+_SHA256 = re.compile("[0-9a-f]{64}")
 _opening = threading.Lock()
 _checked: set[tuple[str, int, int, str]] = set()
 
@@ -110,6 +112,8 @@ def _counted(outcome: str, entry: Mapping[str, Any], path: Path) -> Path:
 
 def _place(folder: Path, entry: Mapping[str, Any]) -> Path:
     sha256 = str(entry["sha256"])
+    if not _SHA256.fullmatch(sha256):  # it becomes a path, and a manifest may say anything
+        raise Corrupt(f"the checksum of {entry['path']} must be 64 hexadecimal digits, found {sha256[:80]!r}")
     return folder / sha256[:2] / sha256
 
 

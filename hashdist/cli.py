@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from hashdist import __version__, telemetry
 from hashdist.errors import HashdistError, InvalidInput
-from hashdist.progress import say
+from hashdist.progress import plain, say
 from hashdist.settings import (
     CompactOptions,
     CompareOptions,
@@ -318,5 +318,6 @@ def _show(result: dict[str, Any], as_json: bool) -> int:
     if as_json:
         print(json.dumps({k: v for k, v in result.items() if k != "text"}))  # noqa: T201
     else:
-        print(result.get("text") or yaml.safe_dump(result, sort_keys=False).rstrip())  # noqa: T201
+        text = result.get("text") or yaml.safe_dump(result, sort_keys=False).rstrip()
+        print("\n".join(map(plain, text.split("\n"))))  # noqa: T201
     return code

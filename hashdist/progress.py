@@ -44,7 +44,12 @@ class Progress:
 
 def say(line: str) -> None:
     """One line for the user: on stderr, or wherever `speak_to` has sent the lines of this process."""
-    _speaker(line)
+    _speaker(plain(line))
+
+
+def plain(line: str) -> str:
+    """A line as one line of text: keys and what servers say may hold newlines and a terminal's control codes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
 
 
 def speak_to(speaker: Callable[[str], None]) -> None:

@@ -15,6 +15,7 @@ from threading import Lock
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayTaskError
 from ray.util import metrics as ray_metrics
 
@@ -51,7 +52,7 @@ def session(settings: ClusterSettings) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         with tempfile.TemporaryDirectory(prefix="hd", dir="/tmp", ignore_cleanup_errors=True) as folder:
             # all processes of this Ray inherit it; a runtime_env would forbid the workers that Ray starts ahead
-            with _environment(_worker_environment()):
+            with _environment({**_worker_environment(), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}), _loopback():
                 ray.init(
                     address="local",
                     num_cpus=settings.cpus or max(4, os.cpu_count() or 4),
@@ -81,6 +82,21 @@ def observed_session(settings: Settings) -> Iterator[None]:
     """A session in which observations of this process go where the settings say, else into Ray."""
     with session(settings.cluster), telemetry.exported(settings.metrics, RaySink()):
         yield
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Let Ray's servers listen on the loopback only.
+
+    Ray replaces a loopback address by the machine's own, and then listens on every interface, unless it is told, as it
+    is on desktop systems, that it makes no clusters. The variable says it to the processes that it starts.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

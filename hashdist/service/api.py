@@ -32,7 +32,9 @@ from hashdist.settings import ServiceSettings
 
 _FIELDS = 16
 _WAIT_S = 2.0
-"""A picture waits so long for its turn before the answer is 429."""
+"""A picture, or an older version, waits so long for its turn before the answer is 429."""
+
+_OPENED_AT_ONCE = 2
 
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -180,7 +182,7 @@ def make_app(backend: Backend, token: str = "") -> Border:
 
 def routes(backend: Backend) -> FastAPI:
     """The routes, without what stands around them."""
-    answers = _Answers(backend)
+    answers, scraped = _Answers(backend), shared(backend.metrics)
     app = FastAPIOffline(
         title="hashdist", version=__version__, redoc_url=None, summary="Images like this one, by their binary codes."
     )
@@ -234,11 +236,24 @@ def routes(backend: Backend) -> FastAPI:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Metrics of all replicas and workers, as Prometheus reads them."""
-        return Response(await asyncio.to_thread(backend.metrics), media_type="text/plain; version=0.0.4")
+        return Response(await scraped(), media_type="text/plain; version=0.0.4")
 
     for path, (name, kind) in _PAGE.items():
         app.get(f"/{path}", include_in_schema=False)(_page(name, kind))
     return app
+
+
+def shared(made: Callable[[], str]) -> Callable[[], Awaitable[str]]:
+    """What `made` returns, made in a thread; who asks while it is being made gets the same."""
+    making: asyncio.Task[str] | None = None
+
+    async def asked() -> str:
+        nonlocal making
+        if making is None or making.done():
+            making = asyncio.ensure_future(asyncio.to_thread(made))
+        return await asyncio.shield(making)
+
+    return asked
 
 
 def _page(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
@@ -281,6 +296,7 @@ class _Answers:
         self._backend, self._settings, self._serving = backend, backend.settings, backend.serving
         self._pictures = Thumbnails(backend.settings.max_pixels)
         self._decoding = Bucket(backend.settings.images_per_s)
+        self._opening = asyncio.Semaphore(_OPENED_AT_ONCE)
 
     async def search(self, request: Request, asked: SearchRequest, image: bytes | None) -> Response:
         started = time.perf_counter()
@@ -329,7 +345,20 @@ class _Answers:
         if version is None:
             return self._serving.now
         wanted = int(version) if str(version).isdecimal() and len(str(version)) < 19 else str(version)
-        return await asyncio.to_thread(self._serving.at, wanted)
+        opened = self._serving.opened(wanted)
+        return opened if opened is not None else await self._older(wanted)
+
+    async def _older(self, wanted: int | str) -> Served:
+        """A version that has to be opened, or a tag: few at once, since that may take long. Raises Busy."""
+        try:
+            async with asyncio.timeout(_WAIT_S):
+                await self._opening.acquire()
+        except TimeoutError:
+            raise Busy("older versions are opened one after the other; send it again later", 1.0) from None
+        try:
+            return await asyncio.to_thread(self._serving.at, wanted)
+        finally:
+            self._opening.release()
 
     async def _code(
         self, served: Served, asked: SearchRequest, image: bytes | None

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +24,7 @@ from ray.serve.schema import LoggingConfig
 from hashdist import distributed, telemetry
 from hashdist.cli import parse
 from hashdist.errors import InvalidInput, Unavailable
-from hashdist.images import BadImage, decode
+from hashdist.images import BadImage, claimed_pixels, decode
 from hashdist.index import Index
 from hashdist.index.view import View
 from hashdist.progress import say
@@ -85,6 +85,9 @@ class Encoder:
         return {"reads_images": encoded.reasons[0] is None, "reason": encoded.reasons[0] or ""}
 
     def _encoded(self, asked: list[tuple[str, bytes]]) -> list[Any]:
+        return [answer for some in within(asked, self._max_pixels) for answer in self._together(some)]
+
+    def _together(self, asked: list[tuple[str, bytes]]) -> list[Any]:
         answers: list[Any] = [None] * len(asked)
         pixels = list(self._threads.map(self._decoded, [data for _, data in asked]))
         for uri in dict.fromkeys(uri for uri, _ in asked):
@@ -112,6 +115,20 @@ class Encoder:
             while len(self._models) > _MODELS_HELD:
                 self._models.popitem(last=False)
             return self._models[uri]
+
+
+def within(asked: Iterable[tuple[str, bytes]], most: int) -> Iterator[list[tuple[str, bytes]]]:
+    """Runs of pictures that have at most so many pixels together, or are one: what is decoded at the same time."""
+    some: list[tuple[str, bytes]] = []
+    pixels = 0
+    for one in asked:
+        claimed = claimed_pixels(one[1])
+        if some and pixels + claimed > most:
+            yield some
+            some, pixels = [], 0
+        some, pixels = [*some, one], pixels + claimed
+    if some:
+        yield some
 
 
 class Deployments:

@@ -138,16 +138,21 @@ class Serving:
 
     # Older versions
 
+    def opened(self, wanted: int | str) -> Served | None:
+        """A version that is open, by number; asks no store."""
+        served = self.now
+        if wanted in (0, served.version):
+            return served
+        return self._older.get(wanted) if isinstance(wanted, int) else None
+
     def at(self, wanted: int | str) -> Served:
         """An older version, by number or tag; the last few stay open. Reads from the store where it is not open.
 
         Raises NotFound, InvalidInput, Unavailable, Corrupt.
         """
-        served = self.now
-        if wanted in (0, served.version):
-            return served
-        if isinstance(wanted, int) and wanted in self._older:
-            return self._older[wanted]
+        opened, served = self.opened(wanted), self.now
+        if opened is not None:
+            return opened
         log = served.index.versions
         newest = log.latest()
         if newest is None:

@@ -632,9 +632,13 @@ def test_alerts_say_what_is_wrong_and_where_it_says_what_to_do() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not here")
-def test_prometheus_understands_the_alerts(tmp_path: Path) -> None:
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(one("monitoring", "PrometheusRule", "hashdist")["spec"]))
-    subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yaml"], check=True, timeout=60, capture_output=True)
+def test_alerts_fire_when_they_should_and_not_else(tmp_path: Path) -> None:
+    rules, cases = tmp_path / "rules.yaml", tmp_path / "cases.yaml"
+    rules.write_text(yaml.safe_dump(one("monitoring", "PrometheusRule", "hashdist")["spec"]))
+    cases.write_text((ROOT / "tests" / "alerts.yaml").read_text().replace("@RULES@", str(rules)))
+    for words in (["check", "rules", rules], ["test", "rules", cases]):
+        done = subprocess.run(["promtool", *words], timeout=200, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_dashboard_is_one_that_grafana_can_lay_out() -> None:

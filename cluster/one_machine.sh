@@ -13,6 +13,7 @@ set -euo pipefail
 folder=${HASHDIST_RAY_FOLDER:-$HOME/.hashdist-ray} # short: Unix sockets below it have at most 107 bytes of path
 port=${HASHDIST_RAY_PORT:-6379}
 dashboard=${HASHDIST_RAY_DASHBOARD_PORT:-8265}
+agent=${HASHDIST_RAY_AGENT_PORT:-52365}
 metrics=${HASHDIST_RAY_METRICS_PORT:-8080}
 store_mb=${HASHDIST_RAY_OBJECT_STORE_MB:-2048}
 cpus=${HASHDIST_RAY_CPUS:-$(nproc)}
@@ -29,8 +30,11 @@ environment() {
     "RAY_AUTH_MODE=token" "RAY_AUTH_TOKEN_PATH=$folder/token" "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0"
 }
 
-answers() {
-  (exec 3<>"/dev/tcp/127.0.0.1/$dashboard") 2>/dev/null && ray job list --address "http://127.0.0.1:$dashboard" >/dev/null 2>&1
+answers() { # the agent is what runs jobs, and comes last
+  for open in "$dashboard" "$agent"; do
+    (exec 3<>"/dev/tcp/127.0.0.1/$open") 2>/dev/null || return 1
+  done
+  ray job list --address "http://127.0.0.1:$dashboard" >/dev/null 2>&1
 }
 
 start() {
@@ -42,7 +46,8 @@ start() {
   [ -s "$folder/token" ] || (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$folder/token")
   setsid ray start --head --block --disable-usage-stats --temp-dir="$folder/sessions" \
     --node-ip-address=127.0.0.1 --port="$port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
-    --metrics-export-port="$metrics" --num-cpus="$cpus" --object-store-memory="$((store_mb << 20))" \
+    --dashboard-agent-listen-port="$agent" --metrics-export-port="$metrics" \
+    --num-cpus="$cpus" --object-store-memory="$((store_mb << 20))" \
     >"$folder/log" 2>&1 </dev/null &
   echo $! >"$folder/pid"
   for _ in $(seq 240); do

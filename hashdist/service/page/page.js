@@ -279,7 +279,7 @@ function showNothing() {
 function showFailure(error) {
   showNothing();
   at("empty").hidden = true;
-  at("picture").classList.toggle("missing", !at("picture").src);
+  if (!at("picture").src) at("picture").classList.add("missing");
   complain(error);
 }
 
@@ -308,7 +308,7 @@ function showAnswer(found, query) {
     ? `${number(hits.length)} nearest, ${hits[0].distance} to ${last} ${last === 1 ? "bit" : "bits"} away`
     : "No image matches";
   const { total, encode } = found.timings_ms;
-  at("timings").textContent = `${milliseconds(total)}${encode ? `, of which ${milliseconds(encode)} encoding` : ""}`;
+  at("timings").textContent = `${milliseconds(total)}${found.query.image ? `, of which ${milliseconds(encode)} encoding` : ""}`;
   document.title = `${query.key || query.picture?.name || found.code} · hashdist`;
   if (focused) at("hits").querySelector("a")?.focus({ preventScroll: true });
   window.scrollTo(0, 0);

@@ -5,7 +5,7 @@ tests/unit/test_manifests.py holds it against the real one where `kubectl` is in
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,28 +22,11 @@ FIELDS = {
 CLUSTER_WIDE = {"Namespace"}
 
 
-def render(folder: Path) -> list[Object]:
-    """The objects of a kustomization, in any order."""
-    assert read(folder)["kind"] == "Kustomization", f"{folder} is no Kustomization"
-    return _built(folder, [])
-
-
-def read(folder: Path) -> Object:
-    """A kustomization; fields that are not known here are refused."""
-    found: Object = yaml.load((folder / "kustomization.yaml").read_text(), LOADER)
-    assert found.keys() <= FIELDS, f"{folder}: this renderer knows no {sorted(found.keys() - FIELDS)}"
-    return found
-
-
-def name_of(thing: Object) -> tuple[str, str]:
-    """Kind and name."""
-    return thing["kind"], thing["metadata"]["name"]
-
-
-def _built(folder: Path, given: list[Object]) -> list[Object]:
-    """The objects given to a component and its own, changed as the kustomization says, in kustomize's order."""
+def render(folder: Path, upon: Sequence[Object] = ()) -> list[Object]:
+    """The objects of a kustomization, in any order; those of a component come with the ones that it is laid `upon`."""
     wanted = read(folder)
-    objects = list(given)
+    assert wanted["kind"] == ("Component" if upon else "Kustomization"), f"{folder} is a {wanted['kind']}"
+    objects = deepcopy(list(upon))
     for entry in wanted.get("resources", []):
         path = folder / entry
         new = render(path) if path.is_dir() else _parsed(path.read_text())
@@ -53,7 +36,7 @@ def _built(folder: Path, given: list[Object]) -> list[Object]:
     for entry in wanted.get("configMapGenerator", []):
         _generate(objects, folder, entry)
     for entry in wanted.get("components", []):
-        objects = _built(folder / entry, objects)
+        objects = render(folder / entry, objects)
     for entry in wanted.get("patches", []):
         objects = _patched(objects, folder, entry)
     for thing in objects:
@@ -67,6 +50,18 @@ def _built(folder: Path, given: list[Object]) -> list[Object]:
     for entry in wanted.get("replacements", []):
         _copy(objects, entry)
     return objects
+
+
+def read(folder: Path) -> Object:
+    """A kustomization; fields that are not known here are refused."""
+    found: Object = yaml.load((folder / "kustomization.yaml").read_text(), LOADER)
+    assert found.keys() <= FIELDS, f"{folder}: this renderer knows no {sorted(found.keys() - FIELDS)}"
+    return found
+
+
+def name_of(thing: Object) -> tuple[str, str]:
+    """Kind and name."""
+    return thing["kind"], thing["metadata"]["name"]
 
 
 def _parsed(text: str) -> list[Object]:
@@ -116,7 +111,8 @@ def _step(thing: Object, step: Object) -> None:
     elif step["op"] == "add" and isinstance(place, dict):
         place[key] = deepcopy(step["value"])
     elif step["op"] == "replace":
-        place[key], _ = deepcopy(step["value"]), place[key]
+        assert key in place or isinstance(place, list), f"{name_of(thing)} has no {step['path']} to replace"
+        place[key] = deepcopy(step["value"])
     elif step["op"] == "remove":
         del place[key]
     elif step["op"] == "test":

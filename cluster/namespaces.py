@@ -5,8 +5,8 @@
 
 A machine is a set of Linux namespaces: its own network (one cable to a switch that the script makes), processes,
 host name, shared memory, and folder for everything that is written; the rest of the file system is read-only, so
-that nothing passes from node to node but over the network (only compiled kernels are shared, as an image would hold
-them). One machine runs an S3 server, one the Ray head, the
+that nothing passes from node to node but over the network (but for compiled code beside its source, as an image would
+hold it). One machine runs an S3 server, one the Ray head, the
 others are worker nodes. Addresses and interfaces exist inside these namespaces only, nothing of the host's is
 touched, and all of it ends with the script, however that ends.
 
@@ -61,8 +61,8 @@ HEALTH = {
     "RAY_health_check_failure_threshold": "5",
 }
 
-IMAGES, PART_ROWS = 1000, 16
-ADDED, CHANGED, REMOVED = 160, 80, 30
+IMAGES, PART_ROWS = 800, 16
+ADDED, CHANGED, REMOVED = 140, 70, 24
 SIZE = 32
 UNDER_WAY = {"features": 8, "train": 3, "reindex": 3}
 """Committed records (parts; checkpoints) of a stage after which a fault comes."""
@@ -90,7 +90,7 @@ hostname "$NAME"
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs "$FOLDER/own"
 mkdir "$HOME" "$TMPDIR"
-mount --bind "$FOLDER/kernels" "$FOLDER/kernels"
+for kept in $KERNELS; do mount --bind "$kept" "$kept"; done
 mount -o remount,bind,ro "$FOLDER"
 mount -o remount,bind,ro /
 cd "$HOME"
@@ -194,7 +194,7 @@ class Cluster:
             "RAY_raylet_start_wait_time_s": "60",
             "RAY_worker_niceness": "0",
             "HASHDIST_CACHE": f"{folder}/own/home/cache",
-            "NUMBA_CACHE_DIR": f"{folder}/kernels",
+            "KERNELS": " ".join(map(str, (REPOSITORY / "hashdist").rglob("__pycache__"))),
             **HEALTH,
             **self.token,
         }
@@ -295,6 +295,16 @@ class Cluster:
         )
         return list(found)
 
+    def stop_jobs(self) -> None:
+        """Those that still run."""
+        from ray.job_submission import JobSubmissionClient
+
+        client = JobSubmissionClient(self.dashboard)
+        for job in client.list_jobs():
+            if job.submission_id and not job.status.is_terminal():
+                client.stop_job(job.submission_id)
+        self.wait_for_nodes()
+
     @property
     def dashboard(self) -> str:
         """URL of the head's dashboard, which takes jobs."""
@@ -378,9 +388,10 @@ class Loss:
     """Records that the stage had committed when the node was lost."""
     noticed_s: float
     """Seconds until Ray counted the node as dead."""
+    of: int = 0
+    """Records of the stage in the end."""
     retried: int = 0
-    """Tasks that were run again (features, reindex), or worker groups after the first (train)."""
-    returned: str = ""
+    """Attempts of tasks after their first (features, reindex), or worker groups after the first (train)."""
 
 
 @dataclass
@@ -411,15 +422,16 @@ class Run:
                 self._lose(pipeline, stage)
         result = pipeline.result(self.limit_s)
         self.seconds = {stage: found["seconds"] for stage, found in result["stages"].items()}
-        self._count_retries(pipeline)
+        self._count(pipeline)
         self.outcome = outcome(self.root, "")
         self._put(changes, removed)
         reindex = Job(self.cluster, "reindex", self._config(), "--in_process", "10")
         if "reindex" in self.faults:
             self._lose(reindex, "reindex")
         self.seconds["reindex"] = reindex.result(self.limit_s)["seconds"]
-        self._count_retries(reindex)
+        self._count(reindex)
         self.outcome |= outcome(self.root, "reindex ")
+        say(f"{self.name}: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -450,13 +462,12 @@ class Run:
 
     def _lose(self, job: Job, stage: str) -> None:
         """Lose a node that works on the stage, in the middle of it; another one takes its place."""
-        before = self._features() if stage == "reindex" else set()
 
         def under_way() -> int:
             if job.over:
                 job.result(0)
                 raise Wrong(f"{job.script} was over before a node could be lost")
-            done = len(self._checkpoints()) if stage == "train" else len(self._features() - before)
+            done = self._records(stage)
             return done if done >= UNDER_WAY[stage] else 0
 
         _wait(f"{stage} to be under way", under_way, self.limit_s)
@@ -484,10 +495,13 @@ class Run:
             say(f"{self.name}: {victim.name} has left")
         victim.kill()
 
-    def _features(self) -> set[str]:
+    def _records(self, stage: str) -> int:
+        """What the stage has committed so far: parts of features, checkpoints."""
         from hashdist.store import open_store
 
-        return {found.name for found in open_store(f"{self.root}/features").list() if "/parts/" in found.name}
+        kind, part = ("runs", "/manifests/") if stage == "train" else ("features", "/parts/")
+        found = sum(part in entry.name for entry in open_store(f"{self.root}/{kind}").list())
+        return found - -(-IMAGES // PART_ROWS) if stage == "reindex" else found
 
     def _checkpoints(self) -> list[Any]:
         from hashdist.store import open_store
@@ -514,13 +528,15 @@ class Run:
         found = [a.node_id for a in self.cluster.actors(job.ray_id) if a.state == "ALIVE" and actor in a.class_name]
         return {machine.name for node in found if (machine := self.cluster.machine_of(node))}
 
-    def _count_retries(self, job: Job) -> None:
+    def _count(self, job: Job) -> None:
+        """What became of the losses in this job. Raises Wrong for one that came too late, or was not felt."""
         again = sum(task.attempt_number > 0 for task in self.cluster.tasks(job.ray_id))
-        for loss in self.losses:
-            if loss.stage == "train" and job.script == "pipeline":
+        for loss in [loss for loss in self.losses if (loss.stage == "reindex") == (job.script == "reindex")]:
+            loss.of, loss.retried = self._records(loss.stage), again
+            if loss.stage == "train":
                 loss.retried = len({json.dumps(found["worker"]) for found in self._checkpoints()}) - 1
-            elif (loss.stage == "reindex") == (job.script == "reindex"):
-                loss.retried = again
+            if loss.done >= loss.of or not loss.retried:
+                raise Wrong(f"{loss} did not come in the middle of its stage")
 
 
 def pictures() -> tuple[dict[str, bytes], dict[str, bytes], list[str]]:
@@ -546,8 +562,6 @@ def pictures() -> tuple[dict[str, bytes], dict[str, bytes], list[str]]:
 
 def outcome(root: str, prefix: str) -> dict[str, Any]:
     """What a run has given, as digests that do not depend on where the root is or who did which part when."""
-    import numpy as np
-
     from hashdist import open_index
     from hashdist.store import open_store
     from hashdist.store.commit import open_artefact
@@ -573,14 +587,16 @@ def outcome(root: str, prefix: str) -> dict[str, Any]:
         for name, value in {
             "collection": [a.manifest()["content_digest"] for a in committed("collections")],
             "features": [a.manifest()["content_digest"] for a in committed("features")],
-            "graph": [sorted(file["sha256"] for file in a.manifest()["files"].values()) for a in committed("graphs")],
+            "graph": [
+                sorted(file["sha256"] for file in a.manifest()["files"].values() if file) for a in committed("graphs")
+            ],
             "model": [model["model_digest"], model["head"]["sha256"]],
             "codes": [[file["sha256"] for file in a.manifest()["files"]] for a in committed("codes")],
             "index": [index.version, index.rows, _digest(rows), _digest(index.codes_of(keys).tobytes())],
             "answers": [
                 _digest(hits.ids.tobytes()),
                 _digest(hits.distances.tobytes()),
-                _digest(np.concatenate(within.ids).tobytes()),
+                _digest(within.ids.tobytes()),
             ],
         }.items()
     }
@@ -601,20 +617,23 @@ def inside(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything, in namespaces of its own: the switch is this process's own network."""
     folder = Path(arguments.inside)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True)
-    for name in ("own", "kernels"):
-        (folder / name).mkdir()
+    (folder / "own").mkdir()
     sys.path.insert(0, str(REPOSITORY))
     cluster = Cluster(folder, arguments.cpus, arguments.ceph)
     try:
         cluster.start(arguments.nodes)
         say(f"{arguments.nodes} worker nodes of {arguments.cpus} CPUs, a head and an S3 server are up")
-        runs = []
-        for number, faults in enumerate([{}, *rounds(arguments.faults)]):
-            run = Run(cluster, "-".join([f"run{number}", *sorted(set(faults.values()))]), faults, arguments.limit)
-            run.go()
-            say(f"{run.name}: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in run.seconds.items()))
-            runs.append(run)
-        return told(runs)
+        plain, runs = Run(cluster, "plain", {}, arguments.limit), []
+        plain.go()
+        for number, faults in enumerate(rounds(arguments.faults), 1):
+            runs.append(run := Run(cluster, f"run{number}", faults, arguments.limit))
+            try:
+                run.go()
+            except Wrong as error:
+                run.outcome["error"] = str(error)
+                say(f"{run.name}: WRONG: {error}")
+                cluster.stop_jobs()
+        return told([plain, *runs])
     finally:
         if arguments.logs:
             _keep_logs(cluster, Path(arguments.logs))
@@ -637,12 +656,12 @@ def told(runs: Sequence[Run]) -> dict[str, Any]:
     plain = runs[0]
     faults = []
     for run in runs[1:]:
-        differ = [name for name, value in plain.outcome.items() if run.outcome[name] != value]
+        differ = [name for name in {**plain.outcome, **run.outcome} if run.outcome.get(name) != plain.outcome.get(name)]
         for loss in run.losses:
             faults.append(
                 {
                     **vars(loss),
-                    "seconds": run.seconds[loss.stage],
+                    "seconds": run.seconds.get(loss.stage, 0.0),
                     "seconds_without": plain.seconds[loss.stage],
                     "differ": differ,
                     "equal": not differ,
@@ -652,7 +671,7 @@ def told(runs: Sequence[Run]) -> dict[str, Any]:
         "seconds_without": plain.seconds,
         "outcome": plain.outcome,
         "faults": faults,
-        "equal": all(f["equal"] for f in faults),
+        "equal": all(run.outcome == plain.outcome for run in runs),
     }
 
 
@@ -663,7 +682,14 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for f in result["faults"]:
-        cells = [f["fault"], f["stage"], f["done"], f"{f['noticed_s']:.1f} s", f["retried"], f"{f['seconds']:.1f} s"]
+        cells = [
+            f["fault"],
+            f["stage"],
+            f"{f['done']} of {f['of']}",
+            f"{f['noticed_s']:.1f} s",
+            f["retried"],
+            f"{f['seconds']:.1f} s",
+        ]
         cells += [f"{f['seconds_without']:.1f} s", "yes" if f["equal"] else f"no: {', '.join(f['differ'])}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

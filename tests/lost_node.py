@@ -32,7 +32,7 @@ def work(settings: Settings, watch: Any = None) -> dict[str, Any]:
     joined = open_artefact(graph.run(settings, made)["snapshot"], "graphs")
     return {
         "features": [file["sha256"] for file in made.manifest()["files"]],
-        "graph": sorted(file["sha256"] for file in joined.manifest()["files"].values()),
+        "graph": sorted(file["sha256"] for file in joined.manifest()["files"].values() if file),
     }
 
 
@@ -54,7 +54,7 @@ def lose_a_node(cluster: Cluster, made: Artefact, about: dict[str, Any]) -> None
 
 def main(folder: Path) -> dict[str, Any]:
     """Both runs."""
-    size = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    size = {"num_cpus": 1, "object_store_memory": 100 << 20, "node_ip_address": "127.0.0.1"}
     cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(**size)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ HEALTH = {"initial_delay_ms": 1000, "period_ms": 500, "timeout_ms": 2000, "failu
 ENVIRONMENT = {
     **{f"RAY_health_check_{name}": str(value) for name, value in HEALTH.items()},
     "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",
     "PYTHONPATH": str(TESTS.parent),
-    "TMPDIR": "/tmp",
     # as a job has it that was submitted with this variable
     "AWS_DEFAULT_REGION": "us-east-1",
     "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": {"AWS_DEFAULT_REGION": "us-east-1"}}}),
@@ -29,8 +30,9 @@ def test_features_and_graph_are_the_same_when_a_node_is_lost(tmp_path: Path) -> 
     for number in range(IMAGES):
         Image.fromarray(rng.integers(0, 256, (200, 200, 3), np.uint8)).save(tmp_path / "images" / f"{number:03d}.png")
     command = [sys.executable, str(TESTS / "lost_node.py"), str(tmp_path)]
-    environment = os.environ | ENVIRONMENT
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    with tempfile.TemporaryDirectory(prefix="hd", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        environment = os.environ | ENVIRONMENT | {"RAY_TMPDIR": folder}
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     assert 0 < found["done"] < PARTS

@@ -30,7 +30,7 @@ def test_faults_of_a_kind_share_a_run_and_those_of_a_stage_do_not(namespaces: Mo
 
 def test_what_differs_from_the_run_without_faults_is_named(namespaces: ModuleType) -> None:
     def run(faults: dict[str, str], model: str) -> object:
-        losses = [namespaces.Loss(fault, stage, 3, 7.5, 1) for stage, fault in faults.items()]
+        losses = [namespaces.Loss(fault, stage, 3, 7.5, 9, 1) for stage, fault in faults.items()]
         seconds = dict.fromkeys(namespaces.STAGES, 10.0)
         outcome = {"model": model, "codes": "c"}
         return namespaces.Run(None, "run", faults, 1, losses, seconds, outcome)

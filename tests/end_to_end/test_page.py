@@ -229,6 +229,15 @@ def test_one_goes_on_from_a_result_and_back(page: Page, world: ServiceWorld) -> 
     page.settle()
     assert page.results() == after
 
+    page.js(  # a result that is dropped on the page is searched from, too
+        "const dataTransfer = new DataTransfer(); dataTransfer.setData('text/uri-list', arguments[0]);"
+        "document.body.dispatchEvent(new DragEvent('drop', { bubbles: true, cancelable: true, dataTransfer }))",
+        f"{page.url}/#key={first}&k=12",
+    )
+    page.wait("document.querySelector('#text').value === arguments[0]", first)
+    page.settle()
+    assert page.results() == before
+
 
 def test_a_keyboard_is_enough(page: Page, world: ServiceWorld) -> None:
     key = world.keys()[11]
@@ -408,7 +417,9 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(browser: webdriver.Chrome, wor
         assert all("401" in line for line in page.said())
 
 
-def test_without_pictures_codes_are_shown_and_a_new_version_is_said(browser: webdriver.Chrome, tmp_path: Path) -> None:
+def test_without_pictures_codes_are_shown_and_other_versions_are_said(
+    browser: webdriver.Chrome, tmp_path: Path
+) -> None:
     world = Digits(tmp_path, images=12)
     with in_process(world, pictures=False) as url, contextmanager(visited)(browser, url) as page:
         page.open()
@@ -435,3 +446,9 @@ def test_without_pictures_codes_are_shown_and_a_new_version_is_said(browser: web
         page.browser.find_element("css selector", "#news button").click()
         page.wait("!document.querySelector('#news').innerText")
         assert page.results() == expected(world, world.index.codes_of([key])[0])
+
+        served = world.index.version
+        refused = world.corrupt()
+        page.wait("(document.dispatchEvent(new Event('visibilitychange')), document.querySelector('#news').innerText)")
+        assert f"Version {refused} was refused, and version {served} goes on answering" in page.text("#news")
+        assert page.js("return document.querySelector('#facts').dataset.state") == "degraded"

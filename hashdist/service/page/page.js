@@ -6,7 +6,8 @@
 
 const REFRESH_MS = 15_000;
 const HELD_PICTURES = 20;
-const RESULTS = "24";
+const RESULTS = 24;
+const TOKEN = "hashdist-token"; // its name in the session's storage
 const FIELDS = ["key", "code", "k", "where", "version"];
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -42,7 +43,7 @@ class Failure extends Error {
 /** The service's answer to a request; asks for a token where one is needed, unless that would be `quiet`. */
 async function request(path, { quiet = false, ...options } = {}) {
   for (;;) {
-    const token = sessionStorage.getItem("token");
+    const token = sessionStorage.getItem(TOKEN);
     const headers = token ? { Authorization: `Bearer ${token}` } : {};
     const response = await fetch(path, { ...options, headers }).catch((error) => {
       if (error.name === "AbortError") throw error;
@@ -75,7 +76,7 @@ let asking = null; // the promise of the dialog that is open
 
 /** Whether there is another token than the one that was refused; asks for it. */
 function newToken(refused) {
-  if (sessionStorage.getItem("token") !== refused) return Promise.resolve(true);
+  if (sessionStorage.getItem(TOKEN) !== refused) return Promise.resolve(true);
   asking ??= new Promise((resolve) => {
     const dialog = at("token");
     at("token-text").textContent = refused
@@ -97,15 +98,15 @@ function newToken(refused) {
 at("token-cancel").addEventListener("click", () => at("token").close());
 at("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem("token", at("token-value").value);
+  sessionStorage.setItem(TOKEN, at("token-value").value);
   at("forget").hidden = false;
   at("token").close("given");
 });
 at("forget").addEventListener("click", () => {
-  sessionStorage.removeItem("token");
+  sessionStorage.removeItem(TOKEN);
   location.reload();
 });
-at("forget").hidden = !sessionStorage.getItem("token");
+at("forget").hidden = !sessionStorage.getItem(TOKEN);
 
 
 // --- the index -----------------------------------------------------------------------------------------------------
@@ -177,7 +178,8 @@ function notice(text, label, act) {
 function asked() {
   const fields = new URLSearchParams(location.hash.slice(1));
   const given = FIELDS.filter((name) => fields.get(name)).map((name) => [name, fields.get(name)]);
-  const query = { k: RESULTS, ...Object.fromEntries(given) };
+  const results = Math.min(RESULTS, service?.limits.max_k ?? RESULTS);
+  const query = { k: String(results), ...Object.fromEntries(given) };
   const picture = handed.get(history.state?.picture);
   return picture ? { ...query, key: "", code: "", picture } : query;
 }
@@ -410,10 +412,12 @@ function codeOf(hit, found) {
   const name = `${found.version} ${hit.key}`;
   if (!codes.has(name)) {
     const fields = new URLSearchParams({ key: hit.key, k: 1, version: found.version });
-    const ask = async () =>
-      answer === found ? (await (await request(`search?${fields}`, { quiet: true })).json()).code : codes.delete(name) && null;
-    const code = (queue = queue.then(ask).catch(() => null));
-    codes.set(name, code);
+    const ask = async () => {
+      if (answer !== found) throw new Failure("nobody waits for it any more");
+      return (await (await request(`search?${fields}`, { quiet: true })).json()).code;
+    };
+    queue = queue.then(ask).catch(() => codes.delete(name) && null);
+    codes.set(name, queue);
     if (codes.size > 1000) codes.delete(codes.keys().next().value);
   }
   return codes.get(name);
@@ -459,7 +463,7 @@ function whenSeen(target, act) {
 function load(image, key, size) {
   const path = `pictures/${key.split("/").map(encodeURIComponent).join("/")}?size=${size}`;
   image.onload = () => shown(image);
-  if (sessionStorage.getItem("token")) {
+  if (sessionStorage.getItem(TOKEN)) {
     whenSeen(image, () => fetched(image, path));
     return;
   }
@@ -522,13 +526,15 @@ at("file").addEventListener("change", () => {
   at("file").value = ""; // the same file may be chosen again
 });
 
-/** A file that was dropped or pasted; where there is only a link or text, says what can be done. */
+/** A file that was dropped or pasted, or a result of this page; of anything else, says what can be done. */
 function taken(transfer) {
+  const link = transfer.getData("text/uri-list");
+  if (link.startsWith(`${location.href.split("#")[0]}#`)) return void (location.hash = new URL(link).hash);
   const file = [...transfer.files].find(({ type }) => type.startsWith("image/")) ?? transfer.files[0];
   const refused = (message) => complain(new Failure(message, { status: 400 }));
   if (!service?.encoder) refused("This service has no encoder: search by a key or a code.");
   else if (file) hand(file);
-  else refused("A link was dropped, and links are not followed: save the picture, or copy and paste it.");
+  else refused("No file was dropped, and links are not followed: save the picture first, or copy and paste it.");
 }
 
 document.addEventListener("paste", (event) => {
@@ -542,9 +548,10 @@ document.addEventListener("dragover", (event) => {
   event.preventDefault();
   document.body.classList.add("dragging");
 });
-document.addEventListener("dragleave", (event) => {
-  if (!event.relatedTarget) document.body.classList.remove("dragging");
-});
+for (const type of ["dragleave", "dragend"])
+  document.addEventListener(type, (event) => {
+    if (!event.relatedTarget) document.body.classList.remove("dragging");
+  });
 document.addEventListener("drop", (event) => {
   if (intoText(event)) return;
   event.preventDefault();

@@ -4,12 +4,19 @@ import configparser
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shlex
 import shutil
+import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import tomllib
+import urllib.error
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 from types import ModuleType
@@ -33,7 +40,7 @@ UNITS = sorted((CLUSTER / "systemd").glob("*.service"))
 UP = sorted(CLUSTER.glob("*.yaml"))
 
 
-def script(name: str) -> ModuleType:
+def script_of(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, CLUSTER / f"{name}.py")
     assert spec
     assert spec.loader
@@ -47,7 +54,7 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def dockerfile() -> list[tuple[str, str, str]]:
-    return list(script("check_install").instructions((CLUSTER / "Dockerfile").read_text()))
+    return list(script_of("check_install").instructions((CLUSTER / "Dockerfile").read_text()))
 
 
 def test_the_dockerfile_is_as_hadolint_wants_it() -> None:
@@ -116,7 +123,7 @@ def entries(lock: str) -> dict[str, set[str]]:
 @pytest.mark.skipif(sys.platform != "linux", reason="the image is of Linux")
 def test_the_image_has_what_the_project_depends_on_and_no_tool() -> None:
     lock = (REPOSITORY / "requirements.lock").read_text()
-    everything, chosen = entries(lock), script("lock").chosen
+    everything, chosen = entries(lock), script_of("lock").chosen
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     needed = closure(project["dependencies"])
     for variant in ("cpu", "gpu"):
@@ -125,7 +132,7 @@ def test_the_image_has_what_the_project_depends_on_and_no_tool() -> None:
         assert all(hashes and everything[name] == hashes for name, hashes in (torch | packages).items())
         names = {name.partition("==")[0] for name in torch | packages}
         elsewhere = {"faiss-cpu", "faiss-gpu", "pywin32", "tzdata"}
-        left_out = set(script("lock").GPU_ONLY.split()) if variant == "cpu" else set()
+        left_out = set(script_of("lock").GPU_ONLY.split()) if variant == "cpu" else set()
         assert names - elsewhere == needed - elsewhere - left_out
         assert "faiss-cpu" in names
         assert ("faiss-gpu" in names) == (variant == "gpu")
@@ -288,3 +295,60 @@ def test_the_script_for_one_machine_starts_ray_on_the_loopback() -> None:
     assert (started["head"], started["block"]) == (True, True)
     assert (started["node_ip_address"], started["dashboard_host"]) == ("127.0.0.1", "127.0.0.1")
     assert "RAY_AUTH_MODE=token" in text
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
+def test_ray_on_one_machine_is_reached_from_here_only_with_the_token_and_ends_whole() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="hdo", dir="/tmp"))  # sockets need short paths
+    names = ("PORT", "DASHBOARD_PORT", "AGENT_PORT", "METRICS_PORT")
+    ports = {f"HASHDIST_RAY_{name}": str(20000 + os.getpid() % 10000 + place) for place, name in enumerate(names)}
+    own = {"HASHDIST_RAY_FOLDER": str(folder), "HASHDIST_RAY_OBJECT_STORE_MB": "200", **ports}
+    base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    path = {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_raylet_start_wait_time_s": "120"}
+
+    def call(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**base, **own, **path, **more}
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+
+    script = str(CLUSTER / "one_machine.sh")
+    try:
+        started = call(script, "start")
+        assert started.returncode == 0, started.stderr
+        given = dict(line.removeprefix("export ").split("=", 1) for line in started.stdout.splitlines())
+        session = (folder / "pid").read_text().strip()
+        assert given["RAY_AUTH_TOKEN_PATH"] == str(folder / "token")
+        assert (folder / "token").stat().st_mode & 0o777 == 0o600
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{given['RAY_API_SERVER_ADDRESS']}/api/jobs/", timeout=30)
+        job = "import ray; ray.init(); print(ray.get(ray.put(7)))"
+        done = call("ray", "job", "submit", "--", "python", "-c", f"'{job}'", **given)
+        assert (done.returncode, "\n7\n" in done.stdout) == (0, True), done.stdout + done.stderr
+        assert call(script, "start").returncode == 1
+        processes = [int(pid) for pid in call("pgrep", "--session", session).stdout.split()]
+        addresses = listening(processes)
+        assert len(addresses) >= 4
+        assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    finally:
+        stopped = call(script, "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+    assert stopped.returncode == 0
+    assert call("pgrep", "--session", session).stdout == ""
+
+
+def listening(processes: list[int]) -> set[str]:
+    """Addresses on which these processes take TCP connections."""
+    sockets = set()
+    for process in processes:
+        for link in Path(f"/proc/{process}/fd").glob("*"):
+            with suppress(OSError):
+                sockets.add(link.readlink().name.removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for table, words in (("/proc/net/tcp", 1), ("/proc/net/tcp6", 4)):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            local, state, inode = fields[1], fields[3], fields[9]
+            if state == "0A" and inode in sockets:
+                packed = struct.pack(f"={words}I", *(int(local[i * 8 : i * 8 + 8], 16) for i in range(words)))
+                found.add(socket.inet_ntop(socket.AF_INET if words == 1 else socket.AF_INET6, packed))
+    return found

@@ -163,8 +163,9 @@ def planted() -> dict[str, tuple[Object, str]]:
 @pytest.mark.parametrize("what", planted())
 def test_a_planted_mistake_is_refused(what: str, crds: bool) -> None:
     thing, complaint = planted()[what]
-    with pytest.raises(INVALID, match=complaint):
+    with pytest.raises(INVALID) as refused:
         check(thing, crds)
+    assert complaint in refused.value.message  # str() of it would print the whole schema
 
 
 def test_the_subset_of_kuberays_schemas_agrees_with_its_crds() -> None:

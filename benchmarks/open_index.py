@@ -234,7 +234,7 @@ def _many(uri: str) -> dict[str, Any]:
 # What all of it needs
 
 
-def _build(uri: str, rows: int, shards: int) -> None:
+def _build(uri: str, rows: int, shards: int, model_uri: str = "m") -> None:
     rng = np.random.default_rng(0)
     index = create_index(uri, bits=64)
     names, entries = index.versions.new_attempt(), []
@@ -244,7 +244,7 @@ def _build(uri: str, rows: int, shards: int) -> None:
         keys = pc.binary_join_element_wise("images/train/", numbers, ".jpeg", "")
         codes = rng.integers(0, 256, (len(part), 8), dtype=np.uint8)
         entries.append(write_shard(index.store, partial(names.new, "shards"), Rows(ids, codes, keys, pa.table({}))))
-    index.publish(entries, bits=64, salts={}, model="m", model_uri="m", lineage={})
+    index.publish(entries, bits=64, salts={}, model="m", model_uri=model_uri, lineage={})
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 // The page of the search service. Whatever comes from outside becomes text or an attribute, never markup; every address
 // is relative, so that the service may live below a prefix; and only pictures that the visitor hands over are sent.
 //
-// The address names the query (#key=..., #code=...), so it can be kept and gone back to. A picture has no address: while
-// the page is open the history's state says which one it was, and afterwards its code stands for it.
+// The address names the query (#key=..., #code=...), so it can be kept and gone back to. A picture has no address:
+// while the page is open the history's state says which one it was, and afterwards its code stands for it.
 
 const REFRESH_MS = 15_000;
 const HELD_PICTURES = 20;
@@ -31,8 +31,7 @@ class Failure extends Error {
 
   static async of(response) {
     const body = await response.json().catch(() => null);
-    const message = body?.error?.message ?? `The service answered ${response.status} ${response.statusText}`.trim() + ".";
-    return new Failure(message, {
+    return new Failure(body?.error?.message ?? `The service answered with status ${response.status}.`, {
       status: response.status,
       requestId: body?.error?.request_id ?? response.headers.get("X-Request-ID") ?? "",
       retryAfter: Number(response.headers.get("Retry-After")) || 0,
@@ -142,7 +141,8 @@ async function refresh({ quiet = true } = {}) {
 function ago(seconds) {
   const units = [["year", 31_557_600], ["month", 2_629_800], ["day", 86_400], ["hour", 3600], ["minute", 60]];
   const [unit, length] = units.find(([, length]) => seconds >= length) ?? ["", 1];
-  return unit ? new Intl.RelativeTimeFormat("en", { style: "short" }).format(-Math.floor(seconds / length), unit) : "just now";
+  const words = new Intl.RelativeTimeFormat("en", { style: "short" });
+  return unit ? words.format(-Math.floor(seconds / length), unit) : "just now";
 }
 
 /** What one should know about the index, and about the version the results are of. */
@@ -150,11 +150,14 @@ function news() {
   const said = [];
   if (service?.refused) {
     const { version, reason } = service.refused;
-    said.push(notice(`Version ${version} was refused, and version ${service.index.version} goes on answering: ${reason}`));
+    const now = service.index.version;
+    said.push(notice(`Version ${version} was refused, and version ${now} goes on answering: ${reason}`));
   }
   if (service?.store.away_s > 0) {
-    const seconds = Math.round(service.store.away_s);
-    said.push(notice(`The store has not answered for ${number(seconds)} s; answers come from the copy that is here.`));
+    // not a duration: that would be read out anew each time
+    const since = new Date(Date.now() - 1000 * service.store.away_s);
+    const time = since.toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
+    said.push(notice(`The store has not answered since ${time}; answers come from the copy that is here.`));
   }
   if (answer && service && answer.version !== service.index.version) {
     const text = `These results are of version ${answer.version}; the index is at version ${service.index.version}.`;
@@ -310,7 +313,8 @@ function showAnswer(found, query) {
     ? `${number(hits.length)} nearest, ${hits[0].distance} to ${last} ${last === 1 ? "bit" : "bits"} away`
     : "No image matches";
   const { total, encode } = found.timings_ms;
-  at("timings").textContent = `${milliseconds(total)}${found.query.image ? `, of which ${milliseconds(encode)} encoding` : ""}`;
+  const encoding = found.query.image ? `, of which ${milliseconds(encode)} encoding` : "";
+  at("timings").textContent = milliseconds(total) + encoding;
   document.title = `${query.key || query.picture?.name || found.code} · hashdist`;
   if (focused) at("hits").querySelector("a")?.focus({ preventScroll: true });
   window.scrollTo(0, 0);
@@ -395,7 +399,8 @@ function draw(svg, bits, other = bits, columns = bits.length <= 128 ? 16 : 32) {
   svg.replaceChildren(
     ...bits.map((bit, place) => {
       const cell = document.createElementNS(SVG, "rect");
-      const box = { x: (place % columns) + 0.08, y: Math.floor(place / columns) + 0.08, width: 0.84, height: 0.84, rx: 0.16 };
+      const [x, y] = [place % columns, Math.floor(place / columns)];
+      const box = { x: x + 0.08, y: y + 0.08, width: 0.84, height: 0.84, rx: 0.16 };
       for (const [name, value] of Object.entries(box)) cell.setAttribute(name, value);
       cell.setAttribute("class", (bit ? "one" : "zero") + (bit === other[place] ? "" : " differs"));
       return cell;
@@ -573,11 +578,11 @@ at("hits").addEventListener("keydown", (event) => {
   if (place < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
   const below = links.findIndex((link) => link.offsetTop > links[0].offsetTop);
   const columns = below < 0 ? links.length : below;
-  const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -place, End: links.length };
+  const end = links.length - 1 - place;
+  const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -place, End: end };
   if (!(event.key in moves)) return;
   event.preventDefault();
-  const next = event.key === "End" ? links.length - 1 : place + moves[event.key];
-  links[next]?.focus();
+  links[place + moves[event.key]]?.focus();
 });
 
 at("skip").addEventListener("click", (event) => {

@@ -475,31 +475,30 @@ def test_every_variable_is_read_by_someone() -> None:
             assert f'"{name}"' in ours
 
 
+CACHE = "/var/cache/hashdist"
+
+
 def test_caches_and_temporary_files_lie_where_a_pod_may_write_and_fit() -> None:
+    image = dict(re.findall(rf"\b(\w+)=({CACHE}\S*)", dockerfile()))
+    assert {"HASHDIST_CACHE", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"} <= image.keys()
     for where, pod in pods():
         volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
         for container in pod["spec"]["containers"]:
             if not ray(container):
                 continue
-            mounts = {
-                mount["mountPath"]: volumes[mount["name"]]
-                for mount in container["volumeMounts"]
-                if not mount.get("readOnly")
-            }
-            assert "/tmp" in mounts, where
+            mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+            assert not mounts["/tmp"].get("readOnly"), where
+            assert not mounts[CACHE].get("readOnly"), where
             variables = {variable["name"]: variable.get("value", "") for variable in container["env"]}
             for name in ("HOME", "HASHDIST_CACHE", "NUMBA_CACHE_DIR", "TORCH_HOME", "MPLCONFIGDIR"):
-                assert "/" + variables[name].split("/")[1] in mounts, f"{where}: {name}"
-            cache = mounts["/cache"]
-            room = (
-                cache["emptyDir"]["sizeLimit"]
-                if "emptyDir" in cache
-                else cache["ephemeral"]["volumeClaimTemplate"]["spec"]["resources"]["requests"]["storage"]
-            )
+                assert variables[name].startswith(CACHE), f"{where}: {name}"
+                assert name == "HOME" or image.get(name, variables[name]) == variables[name], f"{where}: {name}"
+            cache = volumes[mounts[CACHE]["name"]]
+            claim = cache.get("ephemeral", {}).get("volumeClaimTemplate", {}).get("spec", {})
+            room = cache["emptyDir"]["sizeLimit"] if "emptyDir" in cache else claim["resources"]["requests"]["storage"]
             assert int(variables["HASHDIST_CACHE_GB"]) < int(room.removesuffix("Gi")), where
-            config = next(mount for mount in container["volumeMounts"] if mount["name"] == "config")
-            assert config["mountPath"] == str(Path(CONFIG).parent)
-            assert volumes["config"]["configMap"] == {"name": "hashdist"}
+            config = mounts[str(Path(CONFIG).parent)]
+            assert volumes[config["name"]]["configMap"] == {"name": "hashdist"}
 
 
 def test_ports_are_those_of_ray_and_of_the_service() -> None:

@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 from ray import serve as ray_serve
+from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private import replica
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
+from ray.util import get_node_ip_address
 
 from hashdist import distributed, telemetry
 from hashdist.cli import parse
@@ -46,6 +49,20 @@ _CALLS_AT_ONCE = 16
 _DECODING_THREADS = 4
 
 
+def _on_own_address() -> None:
+    """Let this replica's server for calls between replicas listen on its node's own address only.
+
+    Ray 2.60 opens it on every interface, even where the node has the loopback's, and unpickles what comes in before it
+    looks at it: who reaches the port runs code, unless RAY_AUTH_MODE is token. Nothing of ours calls it.
+    """
+
+    def inside(server: Any, address: str) -> Any:
+        own = get_node_ip_address()  # type: ignore[no-untyped-call]
+        return add_port_to_grpc_server(server, address.replace("[::]", own))  # type: ignore[no-untyped-call]
+
+    vars(replica)["add_port_to_grpc_server"] = inside
+
+
 class Encoder:
     """Pictures to codes, in batches; the last two models stay loaded.
 
@@ -56,6 +73,7 @@ class Encoder:
     """
 
     def __init__(self, max_pixels: int, batch: int, device: str) -> None:
+        _on_own_address()
         telemetry.set_sink(distributed.RaySink())
         self._max_pixels, self._device = max_pixels, device
         self._models: OrderedDict[str, Any] = OrderedDict()
@@ -131,6 +149,14 @@ def within(asked: Iterable[tuple[str, bytes]], most: int) -> Iterator[list[tuple
         yield some
 
 
+class Shards(Searcher):
+    """A `Searcher` as a deployment."""
+
+    def __init__(self) -> None:
+        _on_own_address()
+        super().__init__()
+
+
 class Deployments:
     """Peers (stages/search.py) that are deployments of one `Searcher` each: Serve starts one that dies again.
 
@@ -171,6 +197,7 @@ class Search:
     """
 
     def __init__(self, uri: str, settings: ServiceSettings, encoder: Any, shards: list[Any]) -> None:
+        _on_own_address()
         telemetry.set_sink(distributed.RaySink())
         self._settings, self._encoder = settings, encoder
         self._serving = Serving(
@@ -268,9 +295,7 @@ def _shards(service: ServiceSettings) -> list[Any]:
         "ray_actor_options": {"num_cpus": service.cpus},
         "graceful_shutdown_timeout_s": service.drain_s,
     }
-    return [
-        ray_serve.deployment(name=f"Shards-{number}", **options)(Searcher).bind() for number in range(service.spread)
-    ]
+    return [ray_serve.deployment(name=f"Shards-{number}", **options)(Shards).bind() for number in range(service.spread)]
 
 
 def _cluster_has_gpus() -> bool:

@@ -475,7 +475,7 @@ def test_every_variable_is_read_by_someone() -> None:
             assert f'"{name}"' in ours
 
 
-CACHE = "/var/cache/hashdist"
+CACHE = "/cache"
 
 
 def test_caches_and_temporary_files_lie_where_a_pod_may_write_and_fit() -> None:

@@ -315,6 +315,8 @@ class PrometheusSink:
     """
 
     def __init__(self, port: int = 0, gateway: str = "", host: str = "127.0.0.1") -> None:
+        # a second series beside each, of a metric that is not ours
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = prometheus_client.CollectorRegistry()
         self._gateway = gateway
         self._made: dict[str, Any] = {}

@@ -50,13 +50,9 @@ def install(variant: str, folder: Path) -> Path:
     build, prefix = folder / "build", folder / "venv"
     build.mkdir(parents=True)
     venv.create(prefix, with_pip=True)
-    environment = {
-        **os.environ,
-        "VARIANT": variant,
-        "PREFIX": str(prefix),
-        "PATH": f"{prefix}/bin:{os.environ['PATH']}",
-    }
-    environment.pop("PYTHONPATH", None)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"VARIANT": variant, "PREFIX": str(prefix), "PATH": f"{prefix}/bin:{os.environ['PATH']}"}
+    environment |= {"PIP_QUIET": "2", "PIP_NO_COMPILE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     for stage, word, arguments in instructions(DOCKERFILE.read_text()):
         if not stage.startswith("install"):
             continue
@@ -87,10 +83,9 @@ def main(variant: str, folder: str = "") -> None:
             [python, "-c", IMPORTS], cwd=base, check=True, capture_output=True, text=True, timeout=300
         )
         versions = json.loads(done.stdout.splitlines()[-1])
-        hashdist = subprocess.run(
-            [python.with_name("hashdist"), "--version"], check=True, capture_output=True, text=True
-        )
-        assert hashdist.stdout.strip() == versions["hashdist"], hashdist.stdout
+        shown = subprocess.check_output([python.with_name("hashdist"), "--version"], text=True).strip()
+        if shown != versions["hashdist"]:
+            raise SystemExit(f"`hashdist --version` must be the package's {versions['hashdist']}, found {shown}")
         size = sum(path.lstat().st_size for path in (base / "venv").rglob("*"))
         print(f"{variant}: {size / 1e9:.1f} GB, {versions}")  # noqa: T201
     finally:

@@ -66,8 +66,8 @@ start() {
 stop() {
   if running; then
     session=$(<"$folder/pid")
-    kill -TERM "$session" # `ray start --block` ends what it started
-    for _ in $(seq 60); do
+    kill -TERM "$session" # `ray start --block` gives tasks 30 s, and ends what it started
+    for _ in $(seq 120); do
       pgrep --session "$session" >/dev/null || break
       sleep 0.5
     done

@@ -322,7 +322,7 @@ def test_ray_on_one_machine_is_reached_from_here_only_with_the_token_and_ends_wh
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{given['RAY_API_SERVER_ADDRESS']}/api/jobs/", timeout=30)
         job = "import ray; ray.init(); print(ray.get(ray.put(7)))"
-        done = call("ray", "job", "submit", "--", "python", "-c", f"'{job}'", **given)
+        done = call("ray", "job", "submit", "--", "python", "-c", job, **given)
         assert (done.returncode, "\n7\n" in done.stdout) == (0, True), done.stdout + done.stderr
         assert call(script, "start").returncode == 1
         processes = [int(pid) for pid in call("pgrep", "--session", session).stdout.split()]

@@ -4,11 +4,14 @@ It knows nothing of hashing. What Ray Train would do about checkpoints is left o
 checkpoints in hashdist's own commit protocol (docs/decisions.md, S9).
 """
 
+import fcntl
 import json
 import os
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +38,7 @@ _ENVIRONMENT = {
 }
 _FOLLOW_EVERY_S = 0.3
 _LEAVE_S = 5.0
+_SIOCGIFADDR = 0x8915  # of Linux, netdevice(7)
 _TRANSIENT = (Unavailable, OutcomeUnknown)
 
 
@@ -163,9 +167,24 @@ def _free_address() -> str:
 def _join(address: str, rank: int, size: int) -> None:
     import torch
 
+    # left alone, gloo listens where the host's name resolves to, which on many machines is a loopback
+    interface = _interface(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     torch.distributed.init_process_group(
         "gloo", init_method=address, rank=rank, world_size=size, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     )
+
+
+def _interface(address: str) -> str | None:
+    """Name of the network interface with this IPv4 address, None where there is none or the system does not tell."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
 
 
 def _leave() -> None:

@@ -281,6 +281,11 @@ def test_images_without_labels_cannot_train_a_supervised_method(
         train.run(_settings(tmp_path.as_uri(), method="csdh"), other, there.features)
 
 
+def test_ranks_talk_over_the_interface_of_their_node() -> None:
+    assert trainer._interface("127.0.0.1") == ("lo" if sys.platform == "linux" else None)
+    assert trainer._interface("203.0.113.9") is None
+
+
 def test_ranks_that_do_not_leave_are_not_waited_for(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a rank has gone and the other sits in a collective with it."""
     asleep = [ray.remote(lambda: time.sleep(60)).options(num_cpus=0).remote() for _ in range(2)]

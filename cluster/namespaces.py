@@ -40,6 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ TOOLS = ("ip", "mount", "nsenter", "setpriv", "unshare")
 NETWORK = "10.91.0."
 SWITCH, S3, HEAD = f"{NETWORK}1", f"{NETWORK}2", f"{NETWORK}3"
 S3_PORT, RAY_PORT, DASHBOARD_PORT = 9000, 6379, 8265
+AGENT_PORTS = ("dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent", "metrics-export")
+"""Of a node; where they are not given, a node waits 15 s for its agents to choose some, and dies if they are slower."""
 BUCKET = "hashdist"
 
 OBJECT_STORE = 200 << 20
@@ -175,7 +178,7 @@ class Cluster:
 
     def __init__(self, folder: Path, cpus: int, ceph: str) -> None:
         self.folder, self.cpus, self.workers = folder, cpus, dict[str, Machine]()
-        self._addresses = (f"{NETWORK}{number}" for number in range(10, 250))
+        self._addresses, self._heads = (f"{NETWORK}{number}" for number in range(10, 250)), count(1)
         access = ("testkey", "testsecret") if ceph else ("test", "test")
         self.store_access = {
             "AWS_ENDPOINT_URL": f"http://{S3}:{S3_PORT}",
@@ -203,7 +206,7 @@ class Cluster:
         _ip("address", "add", f"{SWITCH}/24", "dev", "switch")
         _ip("link", "set", "switch", "up")
         self.s3 = self._machine("s3", S3, self._s3_command(ceph))
-        self.head = self._machine("head", HEAD, self._ray_command(HEAD, "--head"))
+        self.head = self._head()
 
     def _s3_command(self, ceph: str) -> list[str]:
         if not ceph:
@@ -218,6 +221,8 @@ class Cluster:
             [*more, "--port", str(RAY_PORT), "--dashboard-host", HEAD] if head else ["--address", f"{HEAD}:{RAY_PORT}"]
         )
         sizes = ["--num-cpus", str(0 if head else self.cpus), "--object-store-memory", str(OBJECT_STORE)]
+        for number, name in enumerate(AGENT_PORTS, 52365):
+            sizes += [f"--{name}-port", str(number)]
         start = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
         return [
             *start,
@@ -230,6 +235,9 @@ class Cluster:
 
     def _machine(self, name: str, address: str, command: Sequence[str]) -> Machine:
         return Machine(name, address, self.folder, command, self.environment)
+
+    def _head(self) -> Machine:
+        return self._machine(f"head{next(self._heads)}", HEAD, self._ray_command(HEAD, "--head"))
 
     def add_node(self) -> Machine:
         """One more worker node."""
@@ -253,19 +261,19 @@ class Cluster:
 
     def wait_for_nodes(self, seconds: float = 600) -> None:
         """Until the head and all worker machines are nodes that live. A node may fail to start on a busy machine."""
-        tries = 3
+        tries = 5
 
         def there() -> bool:
             nonlocal tries
-            for machine in (self.s3, self.head):
-                if machine.ended:
-                    raise Wrong(f"{machine.name} has ended:\n{machine.log.read_text()[-2000:]}")
-            for machine in [machine for machine in self.workers.values() if machine.ended]:
+            for machine in [machine for machine in (self.s3, self.head, *self.workers.values()) if machine.ended]:
                 tries -= 1
-                if tries < 0:
+                if tries < 0 or machine is self.s3 or (machine is self.head and self.workers):
                     raise Wrong(f"{machine.name} has ended:\n{machine.log.read_text()[-2000:]}")
-                del self.workers[machine.name]
-                self.add_node()
+                if machine is self.head:
+                    self.head = self._head()
+                else:
+                    del self.workers[machine.name]
+                    self.add_node()
             wanted = {machine.address for machine in (self.head, *self.workers.values())}
             return wanted <= set(_quietly(self.alive) or {})
 

@@ -29,6 +29,7 @@ _MAGIC = 8  # bytes before the schema: "ARROW1", padded
 _PREFIX = 8  # of a message: continuation mark, length of what follows
 _HEAD_BYTES = 1024  # enough for magic, schema and footer of the metadata, beside the digits
 _DIGITS = 16
+_FEW_ROWS = 1024  # so many keys are cut out one by one: a call of Arrow costs as much as a hundred of them
 
 
 def encoded(keys: pa.Array | pa.ChunkedArray) -> memoryview:
@@ -63,6 +64,7 @@ class KeyFile:
         self._store, self._entry, self._whole = store, entry, whole
         self._lock = threading.Lock()
         self._file: pa.ipc.RecordBatchFileReader | None = None
+        self._texts: dict[int, Callable[[int], str]] = {}
         self._head: _Head | None = None
         self._fetched = 0
 
@@ -79,6 +81,8 @@ class KeyFile:
         """The keys of some rows. Raises Corrupt, NotFound, Unavailable."""
         if not len(rows):
             return []
+        if self.opened and len(rows) <= _FEW_ROWS:
+            return [self._text(batch)(row) for batch, row in (divmod(row, BATCH_ROWS) for row in rows.tolist())]
         batches, within = np.divmod(rows, BATCH_ROWS)
         distinct = np.unique(batches)
         read = self._by_ranges(distinct) or [self._mapped().get_batch(int(batch)) for batch in distinct]
@@ -93,6 +97,13 @@ class KeyFile:
             if self._file is None:
                 self._file = pa.ipc.open_file(pa.memory_map(str(self._whole())))
             return self._file
+
+    def _text(self, batch: int) -> Callable[[int], str]:
+        """Row of a batch of the mapped file to its key; kept, since opening a batch costs as much as many keys."""
+        found = self._texts.get(batch)
+        if found is None:
+            found = self._texts[batch] = _texts(self._mapped().get_batch(batch))
+        return found
 
     def _by_ranges(self, batches: NDArray[np.int64]) -> list[pa.RecordBatch] | None:
         """These batches; None where the whole file is at hand, is the better choice, or has to be looked at."""
@@ -121,3 +132,12 @@ class KeyFile:
         if zlib.crc32(data) != head.checksums[batch]:
             raise ValueError("other bytes than were written")
         return pa.ipc.read_record_batch(pa.py_buffer(data), head.schema)
+
+
+def _texts(batch: pa.RecordBatch) -> Callable[[int], str]:
+    """Row of a batch of keys to its key."""
+    column = batch.column(0)
+    _, edges, data = column.buffers()
+    offsets = np.frombuffer(edges, np.int64)[column.offset : column.offset + len(column) + 1]
+    view = memoryview(data) if data is not None else memoryview(b"")
+    return lambda row: str(view[offsets[row] : offsets[row + 1]], "utf-8")

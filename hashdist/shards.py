@@ -275,7 +275,7 @@ class Shard:
         if not len(ids):
             return np.empty(0, np.int64), np.empty(0, np.int64)
         rows = np.searchsorted(self.ids, ids)
-        found = np.flatnonzero(self.ids[rows.clip(max=self.rows - 1)] == ids)
+        found = np.flatnonzero(self.ids[np.minimum(rows, self.rows - 1)] == ids)
         return found, rows[found]
 
     def verify(self) -> None:

@@ -43,6 +43,7 @@ NAME = "hashdist"
 """Of the Serve application."""
 
 _GONE = (RayActorError, DeploymentUnavailableError, BackPressureError)
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MODELS_HELD = 2
 _SCANS_AT_ONCE = 2
 _CALLS_AT_ONCE = 16
@@ -194,10 +195,12 @@ class Search:
         settings: of the service.
         encoder: handle of `Encoder`; None = pictures are not read.
         shards: handles of `Shards`; none = this process searches.
+        guarded: a token must be asked for.
     """
 
-    def __init__(self, uri: str, settings: ServiceSettings, encoder: Any, shards: list[Any]) -> None:
+    def __init__(self, uri: str, settings: ServiceSettings, encoder: Any, shards: list[Any], guarded: bool) -> None:
         _on_own_address()
+        self._guarded = guarded
         telemetry.set_sink(distributed.RaySink())
         self._settings, self._encoder = settings, encoder
         self._serving = Serving(
@@ -215,7 +218,17 @@ class Search:
         encode = self._encode if self._encoder is not None else None
         self._batches = Batches(_SCANS_AT_ONCE, time.perf_counter)
         backend = Backend(self._serving, self._batches, encode, distributed.exported_metrics, self._settings)
-        return make_app(backend, os.environ.get(self._settings.token_env, ""))
+        return make_app(backend, self._token())
+
+    def _token(self) -> str:
+        """The token of this process's environment. Raises InvalidInput where there is none, but the driver had one."""
+        token = os.environ.get(self._settings.token_env, "")
+        if self._guarded and not token:
+            raise InvalidInput(
+                f"requests must carry a token, but {self._settings.token_env} is not set where the service runs; set "
+                "it on every machine of the cluster, or call it HASHDIST_..., which is handed on"
+            )
+        return token
 
     def check_health(self) -> None:
         """Raises where the index is followed no longer."""
@@ -285,7 +298,7 @@ def application(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=service.drain_s,
         logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
     )(Search)
-    return search.bind(settings.index.location(settings.root), service, handle, _shards(service))
+    return search.bind(settings.index.location(settings.root), service, handle, _shards(service), is_guarded(service))
 
 
 def _shards(service: ServiceSettings) -> list[Any]:
@@ -296,6 +309,16 @@ def _shards(service: ServiceSettings) -> list[Any]:
         "graceful_shutdown_timeout_s": service.drain_s,
     }
     return [ray_serve.deployment(name=f"Shards-{number}", **options)(Shards).bind() for number in range(service.spread)]
+
+
+def is_guarded(service: ServiceSettings) -> bool:
+    """Whether this process's environment has a token for the service; warns where anyone may reach it without one."""
+    guarded = bool(os.environ.get(service.token_env))
+    if not guarded and service.host not in _LOOPBACK:
+        say(
+            f"serve: WARNING: {service.token_env} is not set: whoever reaches {service.host} may search and see pictures"
+        )
+    return guarded
 
 
 def _cluster_has_gpus() -> bool:

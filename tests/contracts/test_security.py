@@ -15,6 +15,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urljoin
 
@@ -525,6 +526,26 @@ def test_what_is_decoded_together_has_a_bound() -> None:
     sizes = [10, 10, 10, 50, 10, 40]
     asked = [("m", bombs.png(size, 1, 1)) for size in sizes]
     assert [len(run) for run in within(asked, 50)] == [3, 1, 2]
+
+
+def test_a_token_that_does_not_reach_the_service_is_missed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Better no service than one that asks for nothing; and one that is open to others says so."""
+    from hashdist.service.app import Search, is_guarded
+
+    named = ServiceSettings(token_env="HASHDIST_TEST_TOKEN", host="0.0.0.0")
+    monkeypatch.delenv("HASHDIST_TEST_TOKEN", raising=False)
+    assert not is_guarded(named)
+    assert "WARNING" in capsys.readouterr().err
+    assert not is_guarded(ServiceSettings(token_env="HASHDIST_TEST_TOKEN"))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(InvalidInput, match="every machine of the cluster"):
+        Search._token(SimpleNamespace(_settings=named, _guarded=True))
+    assert Search._token(SimpleNamespace(_settings=named, _guarded=False)) == ""
+    monkeypatch.setenv("HASHDIST_TEST_TOKEN", TOKEN)
+    assert is_guarded(named)
+    assert Search._token(SimpleNamespace(_settings=named, _guarded=True)) == TOKEN
 
 
 # Collections

@@ -315,9 +315,7 @@ def is_guarded(service: ServiceSettings) -> bool:
     """Whether this process's environment has a token for the service; warns where anyone may reach it without one."""
     guarded = bool(os.environ.get(service.token_env))
     if not guarded and service.host not in _LOOPBACK:
-        say(
-            f"serve: WARNING: {service.token_env} is not set: whoever reaches {service.host} may search and see pictures"
-        )
+        say(f"serve: WARNING: {service.token_env} is not set: anyone who reaches {service.host} may search")
     return guarded
 
 

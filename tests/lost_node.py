@@ -5,10 +5,13 @@
 FOLDER/images holds the images. All nodes are on this machine, with one CPU each.
 """
 
+import faulthandler
 import json
 import sys
-import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,10 @@ from hashdist.settings import ClusterSettings, CollectionSettings, GraphSettings
 from hashdist.stages import collection, features, graph
 from hashdist.store.commit import Artefact, open_artefact
 
-PART_ROWS = 4
+PART_ROWS = 2
 
 
-def work(settings: Settings, watch: Any = None) -> dict[str, Any]:
+def work(settings: Settings, watch: Callable[[Artefact], None] | None = None) -> dict[str, Any]:
     """Collection, features and graph; `watch` is called with the features' artefact before they are extracted."""
     listed = open_artefact(collection.run(settings)["snapshot"], "collections")
     if watch:
@@ -36,25 +39,28 @@ def work(settings: Settings, watch: Any = None) -> dict[str, Any]:
     }
 
 
-def lose_a_node(cluster: Cluster, made: Artefact, about: dict[str, Any]) -> None:
-    """Kill, without a word, a node that has begun to extract."""
+def lose_a_node(cluster: Cluster, made: Artefact) -> int:
+    """Kill, without a word, a node that has begun to extract; returns how many parts were committed then."""
     while len(made.parts()) < 3:
         time.sleep(0.01)
-    head = cluster.head_node.node_id
     busy = {
         actor["Address"]["NodeID"]
         for actor in ray._private.state.actors().values()
         if "MapWorker" in actor["ActorClassName"] and actor["State"] == "ALIVE"
     }
-    victim = next(node for node in cluster.worker_nodes if node.node_id in busy - {head})
-    about["done"] = len(made.parts())
+    victim = next(node for node in cluster.worker_nodes if node.node_id in busy)
+    done = len(made.parts())
     cluster.remove_node(victim, allow_graceful=False)
-    about["nodes_after"] = distributed.nodes()
+    while distributed.nodes() > len(cluster.worker_nodes) + 1:
+        time.sleep(0.1)
+    return done
 
 
 def main(folder: Path) -> dict[str, Any]:
     """Both runs."""
-    size = {"num_cpus": 1, "object_store_memory": 100 << 20, "node_ip_address": "127.0.0.1"}
+    faulthandler.dump_traceback_later(500)
+    # a loopback that Ray does not replace by the machine's address, as it does with 127.0.0.1
+    size = {"num_cpus": 1, "object_store_memory": 100 << 20, "node_ip_address": "127.0.0.2"}
     cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(**size)
@@ -64,23 +70,15 @@ def main(folder: Path) -> dict[str, Any]:
         collection=CollectionSettings(uri=(folder / "images").as_uri(), part_rows=PART_ROWS),
         graph=GraphSettings(neighbours=5, threads=2),
     )
-    about: dict[str, Any] = {}
-    killers = []
-
-    def watch(made: Artefact) -> None:
-        killers.append(threading.Thread(target=lose_a_node, args=(cluster, made, about), daemon=True))
-        killers[0].start()
-
+    lossy = replace(settings, root=(folder / "lossy").as_uri())
     try:
-        with distributed.session(ClusterSettings(address=cluster.address)):
+        with distributed.session(ClusterSettings(address=cluster.address)), ThreadPoolExecutor(1) as pool:
             without = work(settings)
-            lossy = Settings((folder / "lossy").as_uri(), collection=settings.collection, graph=settings.graph)
-            with_loss = work(lossy, watch)
-            killers[0].join(30)
-            restarts = [int(actor.get("NumRestarts", 0)) for actor in ray._private.state.actors().values()]
+            losing: list[Future[int]] = []
+            with_loss = work(lossy, lambda made: losing.append(pool.submit(lose_a_node, cluster, made)))
+            return {"without": without, "with": with_loss, "done": losing[0].result(60)}
     finally:
         cluster.shutdown()
-    return {"without": without, "with": with_loss, "restarts": sum(restarts), **about}
 
 
 if __name__ == "__main__":

@@ -426,6 +426,7 @@ class _Answers:
         index = served.index
         manifest = index.manifest
         stored = sum(shard["rows"] for shard in manifest["shards"])
+        refused = self._serving.refused
         return {
             "hashdist": __version__,
             "index": {
@@ -442,7 +443,7 @@ class _Answers:
             "pictures": served.pictures is not None,
             "encoder": bool(served.model and served.model["reads_images"]),
             "limits": {"max_k": settings.max_k, "max_body_mb": settings.max_body_mb, "max_pixels": settings.max_pixels},
-            "refused": self._serving.refused,
+            "refused": refused and {**refused, "reason": limits.public(refused["reason"])},
             "store": {"away_s": round(self._serving.away_s, 3)},
         }
 

@@ -37,6 +37,7 @@ from hashdist.images import BadImage, claimed_pixels, decode
 from hashdist.index import create_index
 from hashdist.networks import Preprocess, read_weights
 from hashdist.search import picture_tag
+from hashdist.service import api
 from hashdist.service.api import Backend, EncodedImage, make_app
 from hashdist.service.batching import Batches
 from hashdist.service.limits import Border
@@ -145,6 +146,22 @@ class Site:
         self, method: str, url: str, kind: str = "", body: bytes = b"", app: Border | None = None, **headers: str
     ) -> Answer:
         """As a server hands a request to an ASGI application."""
+        return self._runner.run(self._asked(method, url, kind, body, app, headers))
+
+    def together(self, bodies: list[Any]) -> list[Answer]:
+        """Searches at the same time."""
+
+        async def all_of_them() -> list[Answer]:
+            asked = [
+                self._asked("POST", "/search", "application/json", json.dumps(b).encode(), None, {}) for b in bodies
+            ]
+            return list(await asyncio.gather(*asked))
+
+        return self._runner.run(all_of_them())
+
+    async def _asked(
+        self, method: str, url: str, kind: str, body: bytes, app: Border | None, headers: dict[str, str]
+    ) -> Answer:
         path, _, query = url.partition("?")
         raw = [(name.lower().replace("_", "-").encode(), value.encode("latin-1")) for name, value in headers.items()]
         raw += [(b"content-type", kind.encode("latin-1"))] if kind else []
@@ -170,7 +187,7 @@ class Site:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        self._runner.run((app or self.app)(scope, receive, send))  # type: ignore[arg-type]
+        await (app or self.app)(scope, receive, send)
         found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
         return Answer(sent[0]["status"], found, b"".join(message.get("body", b"") for message in sent[1:]))
 
@@ -352,6 +369,18 @@ def test_a_body_that_is_no_question_is_400(site: Site, body: bytes) -> None:
 )
 def test_versions_that_are_none_are_not_found(site: Site, version: str) -> None:
     refused(site.search({"code": "0000", "version": version}), 404)
+
+
+def test_few_older_versions_are_opened_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(_wanted: int | str) -> Any:
+        time.sleep(0.5)
+        return site.serving.now
+
+    monkeypatch.setattr(api, "_WAIT_S", 0.05)
+    monkeypatch.setattr(site.serving, "at", slow)
+    answers = site.together([{"code": "0000", "version": f"v{number}"} for number in range(5)])
+    assert sorted(answer.status for answer in answers) == [200, 200, 429, 429, 429]
+    assert {answer.headers.get("retry-after") for answer in answers} == {None, "1"}
 
 
 def test_a_filter_of_many_values_costs_one_look(site: Site) -> None:

@@ -30,7 +30,7 @@ from hashdist.schema import OK
 from hashdist.settings import GateSettings, ReindexOptions
 from hashdist.sources import FolderReader, content_digest
 from hashdist.stages import reindex as stage
-from hashdist.store import open_store
+from hashdist.store import local, open_store
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -244,7 +244,7 @@ def test_bad_images_are_rows_with_a_reason(tmp_path: Path, encoded: list[str], m
         return found
 
     monkeypatch.setattr(stage, "find", find_and_lose)
-    monkeypatch.setattr("hashdist.store.local.Path.open", _refusing(Path.open))
+    monkeypatch.setattr("hashdist.store.local._regular", _refusing(local._regular))
     first = growth.reindex(settings)
     assert (first["added"], first["failed"]) == (len(good), len(bad))
     same_answers(root, good)
@@ -266,11 +266,11 @@ def test_bad_images_are_rows_with_a_reason(tmp_path: Path, encoded: list[str], m
     same_answers(root, good | {k: (base / k).read_bytes() for k in ("empty.jpg", "vanished.png", "refused.png")})
 
 
-def _refusing(opened: Callable[..., Any]) -> Callable[..., Any]:
-    def refuse(self: Path, *words: Any, **more: Any) -> Any:
-        if self.name == "refused.png":
+def _refusing(opened: Callable[[str, int], int]) -> Callable[[str, int], int]:
+    def refuse(path: str, flags: int) -> int:
+        if Path(path).name == "refused.png":
             raise PermissionError(13, "Permission denied")
-        return opened(self, *words, **more)
+        return opened(path, flags)
 
     return refuse
 

@@ -57,7 +57,7 @@ from service_world import ServiceWorld, ask, free_port, serving  # noqa: E402
 from hashdist import distributed, telemetry  # noqa: E402
 from hashdist.index import Index, open_index  # noqa: E402
 from hashdist.service.api import SearchRequest  # noqa: E402
-from hashdist.service.app import application  # noqa: E402
+from hashdist.service.app import _on_own_address, application  # noqa: E402
 from hashdist.service.limits import Border  # noqa: E402
 from hashdist.settings import ClusterSettings, IndexSettings, ServiceSettings, Settings  # noqa: E402
 from hashdist.shards import parts  # noqa: E402
@@ -84,6 +84,7 @@ class Constant:
     """The route of a search, with all that stands around it, and a body that is there already."""
 
     def __init__(self, body: bytes) -> None:
+        _on_own_address()
         telemetry.set_sink(distributed.RaySink())
         self._body = body
 
@@ -102,6 +103,7 @@ class Bare:
     """The body, and nothing else."""
 
     def __init__(self, body: bytes) -> None:
+        _on_own_address()
         self._body = body
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -637,6 +637,7 @@ def inside(arguments: argparse.Namespace) -> dict[str, Any]:
             runs.append(run := Run(cluster, f"run{number}", faults, arguments.limit))
             try:
                 run.go()
+                say(f"{run.name}: {'equal' if run.outcome == plain.outcome else 'NOT EQUAL'}")
             except Wrong as error:
                 run.outcome["error"] = str(error)
                 say(f"{run.name}: WRONG: {error}")

@@ -20,6 +20,7 @@ from ray import serve as ray_serve
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve._private import replica
+from ray.serve._private.http_util import ASGIReceiveProxy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
 from ray.util import get_node_ip_address
@@ -33,7 +34,7 @@ from hashdist.index.view import View
 from hashdist.progress import say
 from hashdist.service.api import Backend, EncodedImage, make_app
 from hashdist.service.batching import Batches
-from hashdist.service.limits import Border
+from hashdist.service.limits import App, Receive, Scope, Send
 from hashdist.service.serving import Serving
 from hashdist.settings import ServiceSettings, Settings
 from hashdist.stages.search import Call, Searcher, SpreadIndex
@@ -48,6 +49,32 @@ _MODELS_HELD = 2
 _SCANS_AT_ONCE = 2
 _CALLS_AT_ONCE = 16
 _DECODING_THREADS = 4
+
+
+class Unfetched:
+    """An application whose requests without a body do not have Serve fetch one.
+
+    As soon as a handler waits for anything, Serve's replica asks the proxy by an actor call for the request's messages;
+    for a GET nothing but "disconnected" can come, which the proxy says by cancelling the request too. That call takes
+    about as long as all that this package does for a search.
+
+    Args:
+        app: what answers.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] == "http" and scope["method"] == "GET" and isinstance(receive, ASGIReceiveProxy):
+            receive._receive_asgi_messages = _nothing_comes
+        await self._app(scope, receive, send)
+
+
+async def _nothing_comes(_metadata: Any) -> bytes:
+    found: bytes = await asyncio.get_running_loop().create_future()
+    return found
 
 
 def _on_own_address() -> None:
@@ -214,11 +241,11 @@ class Search:
         self._peers = Deployments(shards)
         self._serving.start()
 
-    def __serve_build_asgi_app__(self) -> Border:
+    def __serve_build_asgi_app__(self) -> Unfetched:
         encode = self._encode if self._encoder is not None else None
         self._batches = Batches(_SCANS_AT_ONCE, time.perf_counter)
         backend = Backend(self._serving, self._batches, encode, distributed.exported_metrics, self._settings)
-        return make_app(backend, self._token())
+        return Unfetched(make_app(backend, self._token()))
 
     def _token(self) -> str:
         """The token of this process's environment. Raises InvalidInput where there is none, but the driver had one."""

@@ -20,7 +20,7 @@ from ray.exceptions import RayTaskError
 from ray.util import metrics as ray_metrics
 
 from hashdist import telemetry
-from hashdist.progress import Progress
+from hashdist.progress import Progress, say
 from hashdist.settings import ClusterSettings, Settings
 from hashdist.store.commit import Artefact
 
@@ -31,6 +31,9 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
+
+
+_STARTS = 3
 
 
 @contextmanager
@@ -53,16 +56,7 @@ def session(settings: ClusterSettings) -> Iterator[None]:
         with tempfile.TemporaryDirectory(prefix="hd", dir="/tmp", ignore_cleanup_errors=True) as folder:
             # all processes of this Ray inherit it; a runtime_env would forbid the workers that Ray starts ahead
             with _environment({**_worker_environment(), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}), _loopback():
-                ray.init(
-                    address="local",
-                    num_cpus=settings.cpus or max(4, os.cpu_count() or 4),
-                    object_store_memory=settings.object_store_mb << 20,
-                    include_dashboard=False,
-                    _node_ip_address="127.0.0.1",
-                    logging_level=logging.WARNING,
-                    log_to_driver=False,
-                    _temp_dir=folder,
-                )
+                _start(settings, folder)
             try:
                 yield
             finally:
@@ -75,6 +69,28 @@ def session(settings: ClusterSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(settings: ClusterSettings, folder: str) -> None:
+    """Start a Ray on this machine. Ray gives a node 30 s to come up, which a busy machine may need more than once."""
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=settings.cpus or max(4, os.cpu_count() or 4),
+                object_store_memory=settings.object_store_mb << 20,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                _temp_dir=folder,
+            )
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            if "timed out during startup" not in str(error) or not left:
+                raise
+            say("Ray did not start in time on this busy machine; starting it again")
+            ray.shutdown()
 
 
 @contextmanager

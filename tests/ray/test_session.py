@@ -4,7 +4,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import ray
+
+from hashdist import distributed
+from hashdist.settings import ClusterSettings
 
 
 def descendants(pid: int) -> set[int]:
@@ -50,3 +54,21 @@ def test_it_listens_on_the_loopback_only(ray_session: None) -> None:
     addresses = {address for name, address in listening().items() if name in own}
     assert addresses
     assert addresses <= LOOPBACK
+
+
+def test_a_start_that_took_too_long_is_made_again_and_any_other_error_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(["The current node timed out during startup.", "The current node timed out during startup.", "", "no"])
+    started: list[dict[str, object]] = []
+
+    def init(**options: object) -> None:
+        started.append(options)
+        if what := next(said):
+            raise RuntimeError(what)
+
+    monkeypatch.setattr(distributed.ray, "init", init)
+    monkeypatch.setattr(distributed.ray, "shutdown", lambda: None)
+    distributed._start(ClusterSettings(cpus=5), "folder")
+    assert [one["num_cpus"] for one in started] == [5, 5, 5]
+    with pytest.raises(RuntimeError, match="no"):
+        distributed._start(ClusterSettings(), "folder")
+    assert len(started) == 4

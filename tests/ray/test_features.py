@@ -221,7 +221,7 @@ def test_a_killed_run_decodes_only_what_is_missing(tmp_path: Path, ray_session: 
     np.testing.assert_array_equal(from_vectors(table["feature"], table.schema), expected)
 
 
-def until(condition, seconds: float = 120) -> None:
+def until(condition, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -506,6 +506,3 @@ def _said(problems: Any) -> str:
         where = ".".join(str(part) for part in problem["loc"] if part not in ("query", "body", "path"))
         said.append(f"{where[:100] or 'the body'}: {problem['msg']}")
     return "; ".join(said)
-
-
-__all__ = ["Backend", "EncodedImage", "JSONResponse", "make_app", "routes"]

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import ray
 from ray import serve as ray_serve
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import RayActorError, RayTaskError
@@ -347,8 +348,6 @@ def is_guarded(service: ServiceSettings) -> bool:
 
 
 def _cluster_has_gpus() -> bool:
-    import ray
-
     return bool(ray.is_initialized() and distributed.gpus())
 
 
@@ -366,5 +365,6 @@ def serve(settings: Settings) -> dict[str, Any]:
         ended.wait()
         say("serve: stopping; requests that have begun are answered")
         ray_serve.delete(NAME)
-        ray_serve.shutdown()  # type: ignore[no-untyped-call]
+        if not ray_serve.status().applications:  # on a cluster there may be those of others
+            ray_serve.shutdown()  # type: ignore[no-untyped-call]
     return {"seconds": round(time.monotonic() - started, 1), "text": "stopped"}

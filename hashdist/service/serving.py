@@ -226,10 +226,9 @@ class Serving:
         served = self._ready(index, before)
         served.held.enter_context(pinned(index))
         self._now, self.refused = served, None
-        what = "model" if before is None or before.index.model != index.model else "rows"
-        telemetry.SWAPS.inc(what=what)
         say(f"serve: version {index.version}, {index.rows} rows of {index.bits} bits")
         if before is not None:
+            telemetry.SWAPS.inc(what="rows" if before.index.model == index.model else "model")
             before.held.close()
 
     def _ready(self, index: Index, before: Served | None = None) -> Served:

@@ -122,7 +122,8 @@ def _driver_killed(root: str, made: Callable[..., Any], workers: int, method: st
     script = DRIVER.replace("{train_settings}", repr(_train_settings(method)))
     address = ray.get_runtime_context().gcs_address
     arguments = [root, address, str(workers), there.graph.uri, there.features.uri]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    # the tests' Ray listens on the loopback only, and Ray turns a loopback address into the machine's own unless told
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     driver = subprocess.Popen([sys.executable, "-c", script, *arguments], env=environment)
     try:
         newest = _wait_for(log, 5)

@@ -505,8 +505,9 @@ def _nearest(pieces, queries, form, turned, levels, out_distances, out_ids, out_
             have = _drop_far(rows[q], distances[q], held[q], k, cut_of[q], nearer[q])
             _by_distance(distances[q], rows[q], have, levels, new_distances, new_ids, ids)
             old = out_counts[q]
-            old_distances[:old] = out_distances[q, :old]
-            old_ids[:old] = out_ids[q, :old]
+            for c in range(old):  # a slice would be a third of the time that numba takes to compile this
+                old_distances[c] = out_distances[q, c]
+                old_ids[c] = out_ids[q, c]
             out_counts[q] = _merge_two(
                 old_distances, old_ids, old, new_distances, new_ids, have, out_distances[q], out_ids[q]
             )

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -233,15 +234,20 @@ class Serving:
 
     def _ready(self, index: Index, before: Served | None = None) -> Served:
         """A version whose files are here, whose kernels are compiled and whose model is loaded."""
-        index.view.bring()
-        for queries in _WARM_QUERIES:
-            hits = index.search(np.zeros((queries, index.bits // 8), np.uint8), 10)
-            hits.keys()
-        model = None
-        if self._prepare is not None and index.model_uri:
-            same = before is not None and before.index.model_uri == index.model_uri
-            model = before.model if same and before else self._prepare(index.model_uri)
-        return Served(index, self._pictures(index, before), model)
+        with ThreadPoolExecutor(1, thread_name_prefix="hashdist-model") as beside:
+            model = beside.submit(self._model, index, before)
+            index.view.bring()
+            for queries in _WARM_QUERIES:
+                hits = index.search(np.zeros((queries, index.bits // 8), np.uint8), 10)
+                hits.keys()
+            return Served(index, self._pictures(index, before), model.result())
+
+    def _model(self, index: Index, before: Served | None) -> Mapping[str, Any] | None:
+        if self._prepare is None or not index.model_uri:
+            return None
+        if before is not None and before.index.model_uri == index.model_uri and before.model:
+            return before.model
+        return self._prepare(index.model_uri)
 
     def _pictures(self, index: Index, before: Served | None) -> Collection | None:
         if not self._with_pictures or not index.collection_uri:

@@ -30,6 +30,7 @@ import pyarrow as pa
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
+from processes import descendants
 
 from hashdist.collections import KIND, assemble, described, label_numbers, list_collection, plan, write_unit
 from hashdist.index import Index, create_index, open_index
@@ -251,7 +252,7 @@ class Service:
     def replicas(self) -> dict[int, str]:
         """Process id to deployment of the replicas on this machine that belong to this service."""
         found = {}
-        for pid in _descendants(self.process.pid):
+        for pid in descendants(self.process.pid):
             with suppress(OSError):
                 name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
                 if name.startswith("ray::ServeReplica:hashdist:"):
@@ -340,7 +341,7 @@ def _until_up(running: Service, ready: bool, timeout_s: float = 240) -> None:
 
 def _stop(process: subprocess.Popen[bytes], timeout_s: float = 60) -> int:
     """SIGTERM; what has not ended in time is killed, with all that it started. Returns the exit code."""
-    begun = _descendants(process.pid)
+    begun = descendants(process.pid) - {process.pid}
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     try:
@@ -352,7 +353,7 @@ def _stop(process: subprocess.Popen[bytes], timeout_s: float = 60) -> int:
         _end(begun)
 
 
-def _end(pids: list[int], wait_s: float = 5) -> None:
+def _end(pids: set[int], wait_s: float = 5) -> None:
     """Kill what is left of them once they had time to follow."""
     until = time.monotonic() + wait_s
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
@@ -360,18 +361,3 @@ def _end(pids: list[int], wait_s: float = 5) -> None:
     for pid in pids:
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Process ids of the children, and of theirs."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                parents.setdefault(parent, []).append(int(entry.name))
-    found, new = [], [pid]
-    while new:
-        new = [child for one in new for child in parents.get(one, [])]
-        found += new
-    return found

@@ -2,7 +2,8 @@
 
 Nobody waits for company: while one scan runs, the next batch gathers, so a lone query starts at once and a busy
 replica answers many at the price of a few. Queries go together if they look at the same version through the same
-filter. A batch looks as deep as its deepest query asks; a shorter list is the beginning of a longer one.
+filter; such a group has one scan at a time, since two half as large read the codes twice, and another group's runs
+beside it. A batch looks as deep as its deepest query asks; a shorter list is the beginning of a longer one.
 """
 
 import asyncio
@@ -49,7 +50,7 @@ class Batches:
     """Searches of one event loop, gathered into scans.
 
     Args:
-        at_once: scans at the same time.
+        at_once: scans at the same time, each of another group.
         clock: seconds.
     """
 
@@ -58,6 +59,7 @@ class Batches:
         self._free, self._clock = at_once, clock
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="hashdist-batch")
         self._running: set[asyncio.Task[None]] = set()
+        self._scanned: set[tuple[int, str, bool]] = set()
 
     async def search(self, index: Index, code: NDArray[np.uint8], k: int, where: str) -> Found:
         """The k nearest rows that match. Raises as `Index.search`."""
@@ -72,15 +74,19 @@ class Batches:
 
     def _begin(self) -> None:
         """Start scans while there is something to look for and a thread to do it."""
-        while self._free and self._waiting:
-            group = self._waiting[0].group
-            batch = [one for one in self._waiting if one.group == group][:MOST_QUERIES]
+        while self._free and (batch := self._next()):
             taken = {id(one) for one in batch}
             self._waiting = [one for one in self._waiting if id(one) not in taken]
             self._free -= 1
+            self._scanned.add(batch[0].group)
             task = asyncio.ensure_future(self._run(batch))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
+
+    def _next(self) -> list[_Waiting]:
+        """Those of the group that has waited longest, unless a scan for it runs: then they gather for its next."""
+        group = next((one.group for one in self._waiting if one.group not in self._scanned), None)
+        return [one for one in self._waiting if one.group == group][:MOST_QUERIES]
 
     async def _run(self, batch: list[_Waiting]) -> None:
         loop = asyncio.get_running_loop()
@@ -92,6 +98,7 @@ class Batches:
             self._settle(batch, answers)
         finally:
             self._free += 1
+            self._scanned.discard(batch[0].group)
             self._begin()
 
     @staticmethod

@@ -20,12 +20,12 @@ from typing import Any
 
 import grpc
 import pytest
+from processes import LOOPBACK, descendants, listening
 from ray.serve.generated.serve_pb2 import ASGIRequest
 from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 from service_world import Service, ServiceWorld, free_port, serving
 
 TOKEN = "s3cret-Token"
-LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +34,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     world = ServiceWorld(folder / "world", images=10)
     with serving(world, folder, environment={"HASHDIST_TOKEN": TOKEN}, max_body_mb=0.5) as running:
         yield running
-
-
-def listening(pids: set[int]) -> list[tuple[str, int]]:
-    """Address and port of every TCP socket that these processes listen on."""
-    own = set()
-    for pid in pids:
-        with suppress(OSError):
-            for entry in Path(f"/proc/{pid}/fd").iterdir():
-                with suppress(OSError):
-                    own.add(os.readlink(entry))
-    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    found = [row[1].split(":") for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]
-    return [(address, int(port, 16)) for address, port in found]
-
-
-def session_of(pid: int) -> set[int]:
-    """Processes of the session that a process leads, and what they started in sessions of their own."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError, ValueError):
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            parents[int(entry.name)] = int(fields[1])
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
 
 
 def raw(url: str, data: bytes, wait_s: float = 20) -> bytes:
@@ -85,7 +59,7 @@ class Malicious:
 
 @pytest.mark.full
 def test_nothing_listens_but_on_the_loopback(service: Service) -> None:
-    open_to = listening(session_of(service.process.pid))
+    open_to = listening(descendants(service.process.pid))
     assert len(open_to) > 3
     assert {address for address, _ in open_to} <= LOOPBACK
 
@@ -112,7 +86,7 @@ def test_logs_are_lines_without_secrets(service: Service) -> None:
     for target in (f"/x%0aFORGED?token={TOKEN}", "/search?key=%0aFORGED", "/version"):
         raw(service.url, f"GET {target} HTTP/1.1\r\nHost: x\r\n{asked}".encode())
     time.sleep(1)
-    places = {Path(os.readlink(link)) for pid in session_of(service.process.pid) for link in _files_of(pid)}
+    places = {Path(os.readlink(link)) for pid in descendants(service.process.pid) for link in _files_of(pid)}
     logs = [path for path in places if path.suffix in (".log", ".out", ".err") and path.is_file()]
     texts = {path: path.read_text(errors="replace") for path in [*logs, service.log]}
     assert any("mine-7" in text for text in texts.values())
@@ -160,10 +134,10 @@ def ray_head(folder: Path, token: str) -> Iterator[str]:
             assert process.poll() is None, (folder / "ray.log").read_text()
             assert time.monotonic() < until, (folder / "ray.log").read_text()
             time.sleep(0.2)
-        started |= session_of(process.pid)
+        started |= descendants(process.pid)
         yield f"http://127.0.0.1:{port}"
     finally:
-        started |= session_of(process.pid)
+        started |= descendants(process.pid)
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(20)
@@ -216,7 +190,7 @@ def test_the_port_between_replicas_lets_nobody_in_from_outside(service: Service,
     addresses = [entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
     outside = [address for address in addresses if not address.startswith("127.")]
     body = ASGIRequest(pickled_request_metadata=pickle.dumps(Malicious(tmp_path / "made")))
-    for _, port in listening(session_of(service.process.pid)):
+    for _, port in listening(descendants(service.process.pid)):
         for address in outside:
             with grpc.insecure_channel(f"{address}:{port}") as channel, suppress(grpc.RpcError):
                 ASGIServiceStub(channel).HandleRequest(body, timeout=5)

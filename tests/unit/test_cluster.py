@@ -8,15 +8,12 @@ import os
 import re
 import shlex
 import shutil
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import tomllib
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 from string import Template
 from types import ModuleType
@@ -29,6 +26,7 @@ import yaml
 from botocore.validate import ParamValidator
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from processes import listening
 
 from hashdist import __version__, cli
 from hashdist.errors import HashdistError
@@ -326,27 +324,9 @@ def test_ray_on_one_machine_is_reached_from_here_only_with_the_token_and_ends_wh
         assert (done.returncode, "\n7\n" in done.stdout) == (0, True), done.stdout + done.stderr
         assert call(script, "start").returncode == 1
         processes = [int(pid) for pid in call("pgrep", "--session", session).stdout.split()]
-        assert listening(processes) == {"127.0.0.1", "::ffff:127.0.0.1"}
+        assert {address for address, _ in listening(processes)} == {"127.0.0.1", "::ffff:127.0.0.1"}
     finally:
         stopped = call(script, "stop")
         shutil.rmtree(folder, ignore_errors=True)
     assert stopped.returncode == 0
     assert call("pgrep", "--session", session).stdout == ""
-
-
-def listening(processes: list[int]) -> set[str]:
-    """Addresses on which these processes take TCP connections."""
-    sockets = set()
-    for process in processes:
-        for link in Path(f"/proc/{process}/fd").glob("*"):
-            with suppress(OSError):
-                sockets.add(link.readlink().name.removeprefix("socket:[").removesuffix("]"))
-    found = set()
-    for table, words in (("/proc/net/tcp", 1), ("/proc/net/tcp6", 4)):
-        for line in Path(table).read_text().splitlines()[1:]:
-            fields = line.split()
-            local, state, inode = fields[1], fields[3], fields[9]
-            if state == "0A" and inode in sockets:
-                packed = struct.pack(f"={words}I", *(int(local[i * 8 : i * 8 + 8], 16) for i in range(words)))
-                found.add(socket.inet_ntop(socket.AF_INET if words == 1 else socket.AF_INET6, packed))
-    return found

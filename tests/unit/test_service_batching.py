@@ -1,6 +1,7 @@
 """Queries that share scans: every one has the answer it would have had alone."""
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -80,7 +81,34 @@ def test_many_queries_take_few_scans(indexes: list[Counting]) -> None:
     indexes[0].asked.clear()
     found = asyncio.run(together(indexes, [(0, code, 10, "") for code in range(300)]))
     assert len(found) == sum(indexes[0].asked) == 300
-    assert len(indexes[0].asked) <= 8
+    assert indexes[0].asked == [1, 256, 43]
+
+
+def test_a_deep_scan_gathers_its_like_and_holds_up_no_one_else(indexes: list[Counting]) -> None:
+    deep_asked, go_on = [], threading.Event()
+
+    class Held(Counting):
+        def search(self, codes: Any, k: int = 10, *more: Any, **named: Any) -> Any:
+            if k > 100:
+                deep_asked.append(len(codes))
+                assert go_on.wait(30)
+            return super().search(codes, k, *more, **named)
+
+    async def asked() -> None:
+        index, batches, code = Held(indexes[0]), Batches(2, time.perf_counter), np.zeros(2, np.uint8)
+        try:
+            deep = [asyncio.create_task(batches.search(index, code, 150, "")) for _ in range(3)]
+            for _ in range(3):
+                assert len((await asyncio.wait_for(batches.search(index, code, 10, ""), 30)).ids) == 10
+            assert not any(one.done() for one in deep)
+            go_on.set()
+            assert {len(one.ids) for one in await asyncio.gather(*deep)} == {150}
+        finally:
+            go_on.set()
+            batches.close()
+
+    asyncio.run(asked())
+    assert deep_asked == [1, 2]
 
 
 def test_an_error_reaches_those_who_asked_for_it_and_no_one_else(indexes: list[Counting]) -> None:

@@ -168,9 +168,10 @@ def test_kills_change_no_bit_of_the_other_methods(
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_the_other_methods_train_on_two_workers_and_encode(
-    uninterrupted: Any, made: Callable[..., Any], tmp_path: Path, method: str
+    ray_session: None, made: Callable[..., Any], tmp_path: Path, method: str
 ) -> None:
-    there, settings = made(tmp_path.as_uri()), _settings(tmp_path.as_uri(), method=method)
+    options = {**OPTIONS[method], "epochs": EPOCHS}
+    there, settings = made(tmp_path.as_uri()), _settings(tmp_path.as_uri(), method=method, options=options)
     result = train.run(settings, there.graph, there.features)
     manifest = open_artefact(result["snapshot"], "models").manifest()
     assert manifest["classes"] == 5

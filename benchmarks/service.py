@@ -20,7 +20,7 @@ constant body, one of the service's. `bare` is a FastAPI route on Serve with tha
   compiled kernels on disk, once without them.
 - swaps: `--seconds` of load with ten new versions and a new model; every answer checked (tests/service_load.py).
 - memory: `--seconds` of load with four new versions a minute; MB a minute of each replica by least squares, the first
-  fifth left out.
+  fifth left out, and of the second half alone.
 
 Prints one JSON line per measurement: medians and [lowest, highest] of the runs.
 """
@@ -329,6 +329,7 @@ def memory(a: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
             "failures": load.failures, "swaps": len(load.swapped),
             **{f"{what}_mb": [round(getattr(one, what), 1) for one in (late[0], late[-1])] for what in ("rss", "pss")},
             **{f"{what}_mb_a_minute": round(slope(late, what, 0), 3) for what in ("rss", "pss", "anonymous")},
+            "rss_mb_a_minute_of_the_second_half": round(slope(seen, "rss", seconds / 2), 3),
         }  # fmt: skip
 
 

@@ -10,9 +10,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from processes import descendants
 
 from hashdist.quickstart import write_digits
 
@@ -53,13 +55,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the cluster: `ray start --block` ends its own processes; what is left of its group is killed."""
+    """End the cluster: `ray start --block` ends its own processes, in half a minute; what is left is killed."""
+    begun = descendants(process.pid)
     process.terminate()
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
         process.wait(10)
+    for pid in begun:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(10)
 
 
 def _path() -> str:
@@ -112,17 +116,38 @@ def result(output: str) -> dict[str, object]:
     return found
 
 
-def test_the_stages_as_jobs_end_succeeded(cluster: str, tmp_path: Path) -> None:
-    write_digits(tmp_path / "images")
-    config = tmp_path / "pipeline.yaml"
-    config.write_text(CONFIG.format(root=tmp_path / "root", images=tmp_path / "images"))
-    given = ("--config", str(config), "--json")
+def _config(folder: Path) -> tuple[str, ...]:
+    write_digits(folder / "images")
+    config = folder / "pipeline.yaml"
+    config.write_text(CONFIG.format(root=folder / "root", images=folder / "images"))
+    return "--config", str(config), "--json"
 
+
+def test_a_job_fails_and_says_what_is_missing_and_finds_what_another_has_made(cluster: str, tmp_path: Path) -> None:
+    given = _config(tmp_path)
     code, output = submit(cluster, "train_dsah", *given)
     assert code != 0
     assert "needs a committed" in output
     assert "hashdist features" in output
 
+    code, output = submit(cluster, "pipeline", *given)
+    assert code == 0, output
+    assert "succeeded" in output.lower()
+    stages = result(output)["stages"]
+    assert isinstance(stages, dict)
+    assert not any(stages[name].get("skipped") for name in ("features", "graph", "train"))
+    assert stages["evaluate"]["metrics"]["map_all_ties"] > 0.4
+
+    code, output = submit(cluster, "train_dsah", *given)
+    assert code == 0, output
+    trained = result(output)
+    assert trained["skipped"] is True
+    assert stages["train"]["snapshot"] == trained["snapshot"]
+
+
+@pytest.mark.full
+def test_the_stages_as_jobs_end_succeeded(cluster: str, tmp_path: Path) -> None:
+    given = _config(tmp_path)
     for job in ("extract_features", "build_graph", "train_dsah"):
         code, output = submit(cluster, job, *given)
         assert code == 0, output
@@ -136,4 +161,3 @@ def test_the_stages_as_jobs_end_succeeded(cluster: str, tmp_path: Path) -> None:
     assert isinstance(stages, dict)
     assert [stages[name].get("skipped") for name in ("collection", "features", "graph", "train")] == [True] * 4
     assert stages["train"]["snapshot"] == trained["snapshot"]
-    assert stages["evaluate"]["metrics"]["map_all_ties"] > 0.4

@@ -180,7 +180,7 @@ with distributed.session(ClusterSettings(address="local", cpus=4, object_store_m
 
 
 def test_a_killed_run_decodes_only_what_is_missing(tmp_path: Path, ray_session: None) -> None:
-    images, parts_of = 640, 16
+    images, parts_of = 320, 16
     (tmp_path / "images").mkdir()
     for number in range(images):
         picture(number, 12).save(tmp_path / "images" / f"{number:04d}.png")

@@ -101,7 +101,7 @@ def everything(root: str) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize(
     ("form", "mode"),
-    [("folder", "frozen"), ("parquet", "frozen"), pytest.param("folder", "images", marks=pytest.mark.full)],
+    [("parquet", "frozen"), *(pytest.param("folder", mode, marks=pytest.mark.full) for mode in ("frozen", "images"))],
 )
 def test_growth_gives_the_codes_of_a_fresh_build(
     form: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

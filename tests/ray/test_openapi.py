@@ -81,7 +81,7 @@ def _failures(recorder: Any) -> Iterator[str]:
 def test_the_application_answers_as_its_document_says(tmp_path: Path) -> None:
     world = ServiceWorld(tmp_path)
     with alone(world) as url:
-        statuses, found = problems(url, world, examples=25, most_s=30)
+        statuses, found = problems(url, world, examples=25, most_s=15)
     print(dict(statuses))
     assert found == []
 

@@ -27,7 +27,7 @@ from hashdist.stages import collection, encode, features, train
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, Log, Version, open_artefact, read_table, write_table
 
-EPOCHS = 12
+EPOCHS = 8
 OPTIONS: dict[str, dict[str, Any]] = {
     "dsah": {"epochs": EPOCHS, "rounds": 3, "lr": 1e-3},
     "ddh": {"epochs": 3 * EPOCHS, "batch": 50},
@@ -320,9 +320,7 @@ def test_a_checkpoint_of_another_model_is_refused(ray_session: None, made: Calla
         train.run(settings, there.graph, there.features)
 
 
-@pytest.mark.parametrize(
-    "method", ["dsah", "sadh", *(pytest.param(name, marks=pytest.mark.full) for name in ("ddh", "csdh"))]
-)
+@pytest.mark.parametrize("method", ["dsah", *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS)])
 def test_end_to_end_from_images(
     ray_session: None, made_graph: Callable[[Artefact], Artefact], tmp_path: Path, method: str
 ) -> None:

@@ -104,7 +104,7 @@ def prefetch(_typing: Any, address: Any) -> Any:
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         form = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
         function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], form)
-        builder.call(function, [builder.inttoptr(arguments[0], pointer), number(0), number(3), number(1)])
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), number(0), number(1), number(1)])
         return context.get_dummy_value()
 
     return types.void(address), generate

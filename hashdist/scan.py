@@ -37,7 +37,8 @@ from hashdist.kernel import (
 from hashdist.order import blocks
 
 _BLOCK = 512  # codes looked at together: 4 KiB of 64-bit codes
-_AHEAD_BYTES = 4096  # of the next block, prefetched while few queries look at one
+_AHEAD_BYTES = 1024  # of the next block, prefetched for few queries: as many lines as a core fetches at once
+_BLOCK_BYTES = 4096  # of a block that more queries look at
 _LINE, _PAGE = 64, 4096  # bytes of a cache line and of a page
 _GROUP = 64  # codes looked at together once their block has a hit
 _COLUMNS_FROM = 4  # queries from which turning a block of wide codes word by word pays
@@ -366,7 +367,8 @@ def _any_below(block, start, stop, queries, q, form, turned, cut):
 @no_type_check
 def _block_rows(like, form, turned):
     """Codes of a block: what is prefetched at once must not be too much."""
-    return _BLOCK if len(turned) else max(_GROUP, min(_BLOCK, _AHEAD_BYTES // (len(form) * like.itemsize)))
+    size = _AHEAD_BYTES if len(like) < _COLUMNS_FROM else _BLOCK_BYTES
+    return _BLOCK if len(turned) else max(_GROUP, min(_BLOCK, size // (len(form) * like.itemsize)))
 
 
 @kernel

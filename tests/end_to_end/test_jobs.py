@@ -104,7 +104,11 @@ def submit(cluster: str, job: str, *words: str) -> tuple[int, str]:
         *words,
     ]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": _path()}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    for _ in range(20):
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+        if "No available agent" not in done.stderr:  # the job server answers before the node's agent does
+            break
+        time.sleep(2)
     return done.returncode, done.stdout + done.stderr
 
 

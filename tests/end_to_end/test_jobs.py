@@ -32,13 +32,14 @@ evaluate: {{protocol: digits, cut: 500}}
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of the job server of a cluster that this module starts, and stops with its process group."""
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard, agent = _free_port(), _free_port(), _free_port()
     folder = f"/tmp/hdj{os.getpid()}"
     log = tmp_path_factory.mktemp("cluster") / "log"
     command = [
         *("ray", "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=400000000"),
         *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
         *("--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--disable-usage-stats"),
+        f"--dashboard-agent-listen-port={agent}",  # two Rays of a machine would share the default
     ]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": _path()}
     with log.open("w") as out:
@@ -47,7 +48,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        _wait_until_up(address, process, log)
+        _wait_until_up(address, agent, process, log)
         yield address
     finally:
         _stop(process)
@@ -76,12 +77,16 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_up(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_up(address: str, agent: int, process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(120):
         if process.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=2):
+            # the agent is what runs jobs, and comes last
+            with (
+                urllib.request.urlopen(f"{address}/api/jobs/", timeout=2),
+                socket.create_connection(("127.0.0.1", agent), timeout=2),
+            ):
                 return
         except OSError:
             time.sleep(0.5)
@@ -104,11 +109,7 @@ def submit(cluster: str, job: str, *words: str) -> tuple[int, str]:
         *words,
     ]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": _path()}
-    for _ in range(20):
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-        if "No available agent" not in done.stderr:  # the job server answers before the node's agent does
-            break
-        time.sleep(2)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -98,7 +98,7 @@ def load(_typing: Any, address: Any, index: Any, like: Any) -> Any:
 
 @intrinsic
 def prefetch(_typing: Any, address: Any) -> Any:
-    """Ask for the cache line at an address, which may lie anywhere."""
+    """Ask for the cache line at an address, which may lie anywhere; not into the first level, where blocks are held."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)

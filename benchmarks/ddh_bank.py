@@ -15,10 +15,10 @@ import time
 import numpy as np
 import torch
 
-from hashdist.communicator import SingleProcess
+from hashdist.ground.ranges import blocks, epoch_batches
 from hashdist.methods import ddh
 from hashdist.methods.contract import Batch, Graph, Place, TrainingData
-from hashdist.order import blocks, epoch_batches
+from hashdist.methods.parts.communicator import SingleProcess
 
 LIMIT = 1.2
 

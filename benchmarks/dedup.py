@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from hashdist.ids import image_ids
+from hashdist.ground.ids import image_ids
 from hashdist.index import create_index, open_index
 
 _COMMAND = "import sys; from hashdist.cli import main; sys.exit(main(sys.argv[1:]))"

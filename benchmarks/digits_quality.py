@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from hashdist import bits, ids, scan
-from hashdist.communicator import SingleProcess
+from hashdist.commands.quickstart import OPTIONS
+from hashdist.evaluation.protocols import split
+from hashdist.evaluation.ranking import label_masks, tie_expected_ap
+from hashdist.ground import bits, ids
+from hashdist.ground.settings import TrainSettings
 from hashdist.methods import itq, lsh
 from hashdist.methods.contract import Graph, TrainingData, find_method
-from hashdist.neighbours import initial_similarity, inverted_lists, self_nearest, symmetric
-from hashdist.protocols import split
-from hashdist.quickstart import OPTIONS
-from hashdist.ranking import label_masks, tie_expected_ap
-from hashdist.settings import TrainSettings
-from hashdist.training import train
+from hashdist.methods.parts.communicator import SingleProcess
+from hashdist.models.training import train
+from hashdist.nearest import scan
+from hashdist.nearest.cosine import initial_similarity, inverted_lists, self_nearest, symmetric
 
 BITS = 32
 

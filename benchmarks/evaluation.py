@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from hashdist import ranking, scan
+from hashdist.evaluation import ranking
+from hashdist.nearest import scan
 
 _K = 100
 

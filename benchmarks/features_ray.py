@@ -3,8 +3,8 @@
     python benchmarks/features_ray.py [--images 30000] [--runs 3]
 
 Both read ../shared/data/cifar10_jpg_train.parquet, decode, resize to 96 px, run MobileNetV2 with the CPU defaults of
-hashdist/backbones.py and write parquet; the bare loop with 2 threads in one process and no Ray, the stage as it is.
-images/s is counted from the end of the first batch to the end of the last; whole wall times, with process start,
+hashdist/models/backbones.py and write parquet; the bare loop with 2 threads in one process and no Ray, the stage as it
+is. images/s is counted from the end of the first batch to the end of the last; whole wall times, with process start,
 imports, Ray's start and the listing of the collection, are printed beside it. Alternating runs in new processes,
 medians. Prints one JSON line.
 """
@@ -27,7 +27,7 @@ PART_ROWS = 2048
 
 
 def settings(folder: str):
-    from hashdist.settings import CollectionSettings, FeatureSettings, PreprocessSettings, Settings
+    from hashdist.ground.settings import CollectionSettings, FeatureSettings, PreprocessSettings, Settings
 
     features = FeatureSettings(
         backbone="mobilenet_v2",
@@ -40,9 +40,9 @@ def settings(folder: str):
 
 def bare(folder: str) -> dict[str, float]:
     """The loop one would write without a framework."""
-    from hashdist.backbones import build_backbone
-    from hashdist.images import decode
-    from hashdist.schema import to_vectors, vector_schema
+    from hashdist.collection.decode import decode
+    from hashdist.ground.schema import to_vectors, vector_schema
+    from hashdist.models.backbones import build_backbone
 
     backbone = build_backbone(settings(folder).features, threads=2)
     schema = vector_schema("feature", backbone.dtype.name, backbone.width)
@@ -61,12 +61,12 @@ def bare(folder: str) -> dict[str, float]:
 
 def stage(folder: str) -> dict[str, float]:
     """The stage of hashdist."""
-    from hashdist import distributed
-    from hashdist.settings import ClusterSettings
+    from hashdist.ground.settings import ClusterSettings
     from hashdist.stages import collection, features
+    from hashdist.stages.cluster import session
 
     chosen = settings(folder)
-    with distributed.session(ClusterSettings(address="local")):
+    with session.session(ClusterSettings(address="local")):
         collection.run(chosen)
         started = time.perf_counter()
         result = features.run(chosen, collection.snapshot(chosen))

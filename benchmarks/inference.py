@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from hashdist.backbones import Backbone, build_backbone, has_float16
-from hashdist.images import decode
-from hashdist.networks import open_network
-from hashdist.settings import FeatureSettings, PreprocessSettings
+from hashdist.collection.decode import decode
+from hashdist.ground.settings import FeatureSettings, PreprocessSettings
+from hashdist.models.backbones import Backbone, build_backbone, has_float16
+from hashdist.models.networks import open_network
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SETTINGS = FeatureSettings(

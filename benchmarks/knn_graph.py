@@ -18,14 +18,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.neighbours import (
-    Lists,
-    initial_similarity,
-    inverted_lists,
-    score_error,
-    self_nearest,
-    symmetric,
-)
+from hashdist.nearest.cosine import Lists, initial_similarity, inverted_lists, score_error, self_nearest, symmetric
 
 _CHECKED_ROWS = 500
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hashdist.communicator import SingleProcess
+from hashdist.ground.ranges import permutation
+from hashdist.ground.settings import TrainSettings
 from hashdist.methods.contract import Graph, TrainingData, deep_method, find_method, method_settings
+from hashdist.methods.parts.communicator import SingleProcess
 from hashdist.methods.sadh import LabNet, train_labnet
-from hashdist.order import permutation
-from hashdist.settings import TrainSettings
-from hashdist.training import train
+from hashdist.models.training import train
 
 BATCH = {"dsah": 50, "ddh": 128, "sadh": 64, "csdh": 32}
 LIMIT = 1.15

@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 from botocore.config import Config
 
 from hashdist.index import create_index, open_index
-from hashdist.shards import Rows, parts, write_shard
+from hashdist.index.shards.shard import Rows, parts, write_shard
 from hashdist.store import open_store
 from hashdist.store.commit import Log
 

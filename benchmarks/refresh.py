@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hashdist.communicator import SingleProcess
-from hashdist.order import blocks
-from hashdist.similarity import ImplicitW, quantize
+from hashdist.ground.ranges import blocks
+from hashdist.methods.parts.communicator import SingleProcess
+from hashdist.methods.parts.similarity import ImplicitW, quantize
 
 _ROWS, _COLUMNS, _ROUNDS = 512, 1024, 3
 

@@ -31,11 +31,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hashdist.difference import Spill
-from hashdist.ids import image_ids
-from hashdist.index import create_index, open_index
-from hashdist.inventory import LISTED
-from hashdist.settings import (
+from hashdist.ground.ids import image_ids
+from hashdist.ground.settings import (
     ClusterSettings,
     CollectionSettings,
     FeatureSettings,
@@ -44,9 +41,12 @@ from hashdist.settings import (
     PreprocessSettings,
     Settings,
 )
-from hashdist.shards import Rows, write_shard
-from hashdist.stages import reindex as stage
-from hashdist.stages.reindex import Costs
+from hashdist.index import create_index, open_index
+from hashdist.index.shards.shard import Rows, write_shard
+from hashdist.reindex import find as stage
+from hashdist.reindex.difference import Spill
+from hashdist.reindex.find import Costs
+from hashdist.reindex.inventory import LISTED
 from hashdist.store import Entry
 from hashdist.store.local import LocalStore
 
@@ -126,12 +126,12 @@ def settings_of(folder: Path, base: Path, data: Path) -> Settings:
 
 def build(settings: Settings) -> float:
     """Collection, features, codes, index; returns the seconds of it."""
-    from hashdist import distributed
     from hashdist.stages import collection, encode, features, index
+    from hashdist.stages.cluster import session
     from hashdist.store.commit import open_artefact
 
     started = time.perf_counter()
-    with distributed.session(settings.cluster):
+    with session.session(settings.cluster):
         listed = open_artefact(collection.run(settings)["snapshot"], "collections")
         made = open_artefact(features.run(settings, listed)["snapshot"], "features")
         paused = time.perf_counter()
@@ -147,13 +147,13 @@ def untrained(settings: Settings, features: Any) -> Any:
     import torch
     from safetensors import torch as safetensors
 
+    from hashdist.ground.schema import from_vectors
     from hashdist.methods.contract import find_method, method_settings
-    from hashdist.model import describe
-    from hashdist.networks import open_network, state_bytes
-    from hashdist.schema import from_vectors
-    from hashdist.snapshots import vectors
+    from hashdist.models.model import describe
+    from hashdist.models.networks import open_network, state_bytes
     from hashdist.store import open_store
     from hashdist.store.commit import Artefact, write_file
+    from hashdist.store.vectors import vectors
 
     method = find_method("dsah")
     backbone, sample = features.manifest(), next(vectors(features, "feature"))
@@ -235,7 +235,7 @@ def measured(uri: str, count: int) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without what the parent was
     before_mb = memory_mb("VmHWM")
     anonymous_before = anonymous_mb()
-    from hashdist import inventory
+    from hashdist.reindex import inventory
 
     with Spill(LISTED) as images:
         with costs.of("listing"):

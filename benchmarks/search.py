@@ -42,13 +42,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hashdist import scan
-from hashdist.index import Index, create_index, open_index, radius
+from hashdist.index import Index, create_index, open_index
 from hashdist.index.manifest import stamped, successor
+from hashdist.index.search import tables
+from hashdist.index.shards.shard import Rows, write_ids, write_shard
 from hashdist.index.view import View
-from hashdist.kernel import kernel, load
 from hashdist.methods import itq
-from hashdist.shards import Rows, write_ids, write_shard
+from hashdist.nearest import scan
+from hashdist.nearest.kernel import kernel, load
 
 Codes = NDArray[np.uint8]
 Work = Callable[[], Any]
@@ -148,7 +149,7 @@ def by_radius(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[s
         started = time.perf_counter()
         index.search_within(codes[:1], a.radius, tables="on")
         build = time.perf_counter() - started
-        held = [radius.tables_of(shard, 0, "on") for shard in index.view.shards]
+        held = [tables.tables_of(shard, 0, "on") for shard in index.view.shards]
         for count in (1, a.queries):
             runs = [_near(codes, count, a.radius, seed) for seed in range(a.singles if count == 1 else 1)]
             for queries in runs:

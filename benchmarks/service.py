@@ -54,13 +54,14 @@ from search import _index, _random  # noqa: E402
 from service_load import slope, under_load, watched  # noqa: E402
 from service_world import ServiceWorld, ask, free_port, serving  # noqa: E402
 
-from hashdist import distributed, telemetry  # noqa: E402
+from hashdist.ground import telemetry  # noqa: E402
+from hashdist.ground.settings import ClusterSettings, IndexSettings, ServiceSettings, Settings  # noqa: E402
 from hashdist.index import Index, open_index  # noqa: E402
+from hashdist.index.shards.shard import parts  # noqa: E402
 from hashdist.service.api import SearchRequest  # noqa: E402
 from hashdist.service.app import _on_own_address, application  # noqa: E402
 from hashdist.service.limits import Border  # noqa: E402
-from hashdist.settings import ClusterSettings, IndexSettings, ServiceSettings, Settings  # noqa: E402
-from hashdist.shards import parts  # noqa: E402
+from hashdist.stages.cluster import session  # noqa: E402
 
 _K = 10
 _LOGGING = LoggingConfig(encoding="JSON", enable_access_log=False)
@@ -85,7 +86,7 @@ class Constant:
 
     def __init__(self, body: bytes) -> None:
         _on_own_address()
-        telemetry.set_sink(distributed.RaySink())
+        telemetry.set_sink(session.RaySink())
         self._body = body
 
     def __serve_build_asgi_app__(self) -> Border:
@@ -147,7 +148,7 @@ def _setup(a: argparse.Namespace, folder: Path) -> Iterator[_Setup]:
     port = free_port()
     command = [sys.executable, str(HERE / "http_load.py")]
     with (
-        distributed.session(ClusterSettings(address="local", cpus=4, object_store_mb=100)),
+        session.session(ClusterSettings(address="local", cpus=4, object_store_mb=100)),
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client,
     ):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -245,7 +246,7 @@ def cold(a: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         entries = [entry for shard in open_index(uri).manifest["shards"] for entry in parts(shard).values()]
         settings = Settings(index=IndexSettings(uri=uri), service=ServiceSettings(refresh_s=0.5))
         port = free_port()
-        with distributed.session(ClusterSettings(address="local", cpus=4, object_store_mb=100)):
+        with session.session(ClusterSettings(address="local", cpus=4, object_store_mb=100)):
             serve.start(http_options={"host": "127.0.0.1", "port": port})
 
             def started(*, compiled: bool) -> float:

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from hashdist.communicator import Communicator, SingleProcess, TorchDistributed
+from hashdist.ground.ranges import blocks
+from hashdist.ground.settings import TrainSettings
 from hashdist.methods.contract import Graph, TrainingData, find_method
-from hashdist.order import blocks
-from hashdist.settings import TrainSettings
-from hashdist.training import Checkpoint, train
+from hashdist.methods.parts.communicator import Communicator, SingleProcess, TorchDistributed
+from hashdist.models.training import Checkpoint, train
 
 LIMIT_GB = 5.0
 CHECKPOINT_STEPS = 500

@@ -18,12 +18,12 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from hashdist.communicator import SingleProcess, TorchDistributed
+from hashdist.ground.settings import FeatureSettings, PreprocessSettings, TrainSettings
 from hashdist.methods import dsah
 from hashdist.methods.contract import Graph, TrainingData
-from hashdist.networks import open_network
-from hashdist.settings import FeatureSettings, PreprocessSettings, TrainSettings
-from hashdist.training import train
+from hashdist.methods.parts.communicator import SingleProcess, TorchDistributed
+from hashdist.models.networks import open_network
+from hashdist.models.training import train
 
 LIMIT = 0.85
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from hashdist.errors import (
+from hashdist.ground.errors import (
     AlreadyExists,
     Conflict,
     Corrupt,
@@ -22,7 +22,7 @@ from hashdist.errors import (
 
 if TYPE_CHECKING:
     from hashdist.index import Hits, Index, create_index, open_index
-    from hashdist.model import load_model
+    from hashdist.models.model import load_model
 
 __all__ = [
     "AlreadyExists",
@@ -45,7 +45,7 @@ _HOMES = {
     "open_index": "hashdist.index",
     "Index": "hashdist.index",
     "Hits": "hashdist.index",
-    "load_model": "hashdist.model",
+    "load_model": "hashdist.models.model",
 }
 
 

@@ -1,6 +1,6 @@
 """The command line: argv -> settings -> one command -> one result.
 
-Flags and YAML come from the same dataclasses (hashdist/settings.py). Progress goes to stderr; the result goes to
+Flags and YAML come from the same dataclasses (hashdist/ground/settings.py). Progress goes to stderr; the result goes to
 stdout, with --json as exactly one JSON object. Exit codes: 0 done, 2 wrong input, 1 anything else.
 """
 
@@ -19,10 +19,11 @@ from typing import Any, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from hashdist import __version__, telemetry
-from hashdist.errors import HashdistError, InvalidInput
-from hashdist.progress import plain, say
-from hashdist.settings import (
+from hashdist import __version__
+from hashdist.ground import telemetry
+from hashdist.ground.errors import HashdistError, InvalidInput
+from hashdist.ground.progress import plain, say
+from hashdist.ground.settings import (
     CompactOptions,
     CompareOptions,
     ConvertOptions,
@@ -65,80 +66,84 @@ class Command:
 
 
 def _stage(stage: str, text: str, short: str = "") -> Command:
-    return Command(text, "hashdist.pipeline:run_stage", (stage,), short=short)
+    return Command(text, "hashdist.stages.pipeline:run_stage", (stage,), short=short)
 
 
 COMMANDS = {
     "quickstart": Command(
         "real images through every stage, a search, an evaluation, a growth step and a report",
-        "hashdist.quickstart:run",
+        "hashdist.commands.quickstart:run",
         options=QuickstartOptions,
     ),
-    "pipeline": Command("every stage in order, skipping what is committed", "hashdist.pipeline:run_all"),
+    "pipeline": Command("every stage in order, skipping what is committed", "hashdist.stages.pipeline:run_all"),
     "collection": _stage("collection", "list the images and commit the listing"),
     "features": _stage("features", "one feature vector per image, or the user's own features"),
     "graph": _stage("graph", "exact kNN graph of the training sample"),
     "train": _stage("train", "train a hash function", short="train"),
     "encode": _stage("encode", "codes of the whole collection"),
     "index build": _stage("index", "build the sharded index from the codes"),
-    "index log": Command("the versions of an index", "hashdist.commands:index_log"),
+    "index log": Command("the versions of an index", "hashdist.commands.protocol:index_log"),
     "index tag": Command(
-        "name a version, which then stays", "hashdist.maintenance:index_tag", options=TagOptions, first="name"
+        "name a version, which then stays", "hashdist.commands.index:index_tag", options=TagOptions, first="name"
     ),
     "index rollback": Command(
-        "a new version with the content of an older one", "hashdist.maintenance:index_rollback", options=RollbackOptions
+        "a new version with the content of an older one",
+        "hashdist.commands.index:index_rollback",
+        options=RollbackOptions,
     ),
     "index promote": Command(
-        "serve the candidate that waits", "hashdist.commands:index_promote", options=PromoteOptions
+        "serve the candidate that waits", "hashdist.commands.protocol:index_promote", options=PromoteOptions
     ),
-    "index discard": Command("drop the candidate that waits", "hashdist.commands:index_discard"),
-    "index verify": Command("read and check every byte of every kept version", "hashdist.maintenance:index_verify"),
+    "index discard": Command("drop the candidate that waits", "hashdist.commands.protocol:index_discard"),
+    "index verify": Command("read and check every byte of every kept version", "hashdist.commands.index:index_verify"),
     "index vacuum": Command(
-        "expire old versions, and delete what nothing needs", "hashdist.maintenance:index_vacuum", options=VacuumOptions
+        "expire old versions, and delete what nothing needs",
+        "hashdist.commands.index:index_vacuum",
+        options=VacuumOptions,
     ),
     "index compact": Command(
-        "merge small shards and drop deleted rows", "hashdist.maintenance:index_compact", options=CompactOptions
+        "merge small shards and drop deleted rows", "hashdist.commands.index:index_compact", options=CompactOptions
     ),
     "index purge": Command(
         "erase images from all versions and artefacts",
-        "hashdist.erasure:index_purge",
+        "hashdist.commands.purge:index_purge",
         options=PurgeOptions,
         first="keys",
     ),
-    "search": Command("search by image, key or code", "hashdist.search:run", options=SearchOptions),
-    "dedup": Command("clusters of near-duplicates", "hashdist.commands:dedup", options=DedupOptions),
+    "search": Command("search by image, key or code", "hashdist.commands.search:run", options=SearchOptions),
+    "dedup": Command("clusters of near-duplicates", "hashdist.commands.protocol:dedup", options=DedupOptions),
     "evaluate": _stage("evaluate", "mAP, precision and recall by a protocol"),
     "compare": Command(
         "methods x code lengths x seeds on one protocol: tables and figures",
-        "hashdist.compare:run",
+        "hashdist.commands.compare:run",
         options=CompareOptions,
     ),
     "reindex": Command(
         "index what was added, changed or removed since: what a cron runs",
-        "hashdist.growth:reindex",
+        "hashdist.reindex.run:reindex",
         options=ReindexOptions,
     ),
     "serve": Command("the search service, with a page: until it is stopped", "hashdist.service.app:serve"),
-    "report": Command("one HTML page of a run", "hashdist.report:write", options=ReportOptions),
+    "report": Command("one HTML page of a run", "hashdist.commands.report:write", options=ReportOptions),
     "protocol make": Command(
         "write the query, training and database sets of a protocol to a file",
-        "hashdist.commands:protocol_make",
+        "hashdist.commands.protocol:protocol_make",
         options=ProtocolOptions,
     ),
     "protocol check": Command(
         "check a protocol file, and that a collection has its images",
-        "hashdist.commands:protocol_check",
+        "hashdist.commands.protocol:protocol_check",
         options=ProtocolCheckOptions,
         first="file",
     ),
     "dataset convert": Command(
         "write a data set in its own layout as a parquet collection with labels",
-        "hashdist.commands:dataset_convert",
+        "hashdist.commands.protocol:dataset_convert",
         options=ConvertOptions,
     ),
     "storage check": Command(
         "prove what a store must do to be written to",
-        "hashdist.maintenance:storage_check",
+        "hashdist.commands.index:storage_check",
         options=StorageOptions,
         first="uri",
     ),
@@ -207,7 +212,7 @@ def _run(name: str, words: list[str]) -> dict[str, Any]:
 def _observed(settings: Settings) -> AbstractContextManager[object]:
     """While it is open, observations go where the settings say; else into Ray, if this is the process of a Ray job."""
     if _RAY_JOB in os.environ and settings.metrics == MetricsSettings():
-        distributed = importlib.import_module("hashdist.distributed")
+        distributed = importlib.import_module("hashdist.stages.cluster.session")
         session: AbstractContextManager[object] = distributed.observed_session(settings)
         return session
     return telemetry.exported(settings.metrics)

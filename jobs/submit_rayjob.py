@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hashdist.progress import say
+from hashdist.ground.progress import say
 
 UNKNOWN, STOPPED = 75, 143
 LONGEST_NAME = 47

@@ -6,7 +6,7 @@ import struct
 import time
 import zlib
 
-from hashdist.images import BadImage, decode
+from hashdist.collection.decode import BadImage, decode
 
 
 def png(width: int, height: int, rows: int) -> bytes:

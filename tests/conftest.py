@@ -29,10 +29,10 @@ def ray_session(s3_endpoint: str) -> Iterator[None]:
 
     The S3 server comes first, since workers get the AWS_* variables that are set when their session starts.
     """
-    from hashdist import distributed
-    from hashdist.settings import ClusterSettings
+    from hashdist.ground.settings import ClusterSettings
+    from hashdist.stages.cluster import session
 
-    with distributed.session(ClusterSettings(address="local", cpus=4, object_store_mb=400)):
+    with session.session(ClusterSettings(address="local", cpus=4, object_store_mb=400)):
         yield
 
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs
 
-from hashdist.errors import AlreadyExists, OutcomeUnknown, Unavailable
+from hashdist.ground.errors import AlreadyExists, OutcomeUnknown, Unavailable
 from hashdist.store.base import Contended, Entry, Exists, Store
 
 CREATE_FAULTS = ("ok", "lost", "twice", "late", "contended", "away")

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from safetensors import torch as safetensors
 
-from hashdist.backbones import build_backbone
+from hashdist.ground.settings import CollectionSettings, FeatureSettings, GateSettings, IndexSettings, Settings
 from hashdist.index import Index, create_index, open_index
 from hashdist.methods.contract import find_method, method_settings
-from hashdist.model import describe
-from hashdist.settings import CollectionSettings, FeatureSettings, GateSettings, IndexSettings, Settings
+from hashdist.models.backbones import build_backbone
+from hashdist.models.model import describe
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, write_file
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from faults import Crash, FaultyStore
 
-from hashdist.errors import AlreadyExists, Conflict, NotFound, OutcomeUnknown, Refused, Unavailable
+from hashdist.ground.errors import AlreadyExists, Conflict, NotFound, OutcomeUnknown, Refused, Unavailable
 from hashdist.index import Index
 from hashdist.index.manifest import attempt_of, content, files, is_expired, rewritten
 from hashdist.index.view import View

@@ -18,9 +18,9 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from hashdist import distributed
-from hashdist.settings import ClusterSettings, CollectionSettings, GraphSettings, Settings
+from hashdist.ground.settings import ClusterSettings, CollectionSettings, GraphSettings, Settings
 from hashdist.stages import collection, features, graph
+from hashdist.stages.cluster import session
 from hashdist.store.commit import Artefact, open_artefact
 
 PART_ROWS = 2
@@ -51,7 +51,7 @@ def lose_a_node(cluster: Cluster, made: Artefact) -> int:
     victim = next(node for node in cluster.worker_nodes if node.node_id in busy)
     done = len(made.parts())
     cluster.remove_node(victim, allow_graceful=False)
-    while distributed.nodes() > len(cluster.worker_nodes) + 1:
+    while session.nodes() > len(cluster.worker_nodes) + 1:
         time.sleep(0.1)
     return done
 
@@ -72,7 +72,7 @@ def main(folder: Path) -> dict[str, Any]:
     )
     lossy = replace(settings, root=(folder / "lossy").as_uri())
     try:
-        with distributed.session(ClusterSettings(address=cluster.address)), ThreadPoolExecutor(1) as pool:
+        with session.session(ClusterSettings(address=cluster.address)), ThreadPoolExecutor(1) as pool:
             without = work(settings)
             losing: list[Future[int]] = []
             with_loss = work(lossy, lambda made: losing.append(pool.submit(lose_a_node, cluster, made)))

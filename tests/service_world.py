@@ -32,14 +32,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from processes import descendants
 
-from hashdist.collections import KIND, assemble, described, label_numbers, list_collection, plan, write_unit
+from hashdist.collection.collection import KIND, assemble, described, label_numbers, list_collection, plan, write_unit
+from hashdist.collection.readers.reader import content_digest
+from hashdist.ground.settings import CollectionSettings
 from hashdist.index import Index, create_index, open_index
-from hashdist.index.compaction import compact
-from hashdist.index.retention import rollback
-from hashdist.model import Model, load_model
-from hashdist.settings import CollectionSettings
-from hashdist.shards import Rows, parts, write_shard
-from hashdist.sources import content_digest
+from hashdist.index.shards.shard import Rows, parts, write_shard
+from hashdist.index.upkeep.compaction import compact
+from hashdist.index.upkeep.retention import rollback
+from hashdist.models.model import Model, load_model
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact
 

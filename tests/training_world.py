@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hashdist.communicator import Communicator, SingleProcess
+from hashdist.ground.settings import TrainSettings
 from hashdist.methods.contract import Graph, MethodModule, TrainingData, deep_method, find_method, known_methods
-from hashdist.settings import TrainSettings
-from hashdist.training import Checkpoint, Trained, train
+from hashdist.methods.parts.communicator import Communicator, SingleProcess
+from hashdist.models.training import Checkpoint, Trained, train
 
 TIMEOUT_S = 60
 QUICK: dict[str, dict[str, Any]] = {"sadh": {"labnet_hidden": 64, "semantic": 48}}

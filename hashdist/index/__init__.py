@@ -26,7 +26,7 @@ Results come in (distance, id) order at any number of shards and threads (docs/d
 """
 
 from hashdist.index.change import Applied, OnExisting
-from hashdist.index.searcher import Index, Removed, create_index, open_index
+from hashdist.index.index import Index, Removed, create_index, open_index
 from hashdist.index.view import Hits, Matches
 
 __all__ = ["Applied", "Hits", "Index", "Matches", "OnExisting", "Removed", "create_index", "open_index"]

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hashdist.errors import AlreadyExists, InvalidInput
-from hashdist.ids import image_id, image_ids
-from hashdist.index.seen import SEEN, new_notes
+from hashdist.ground.errors import AlreadyExists, InvalidInput
+from hashdist.ground.ids import image_id, image_ids
+from hashdist.index.notes import SEEN, new_notes
 from hashdist.index.view import Places, View
 
 OnExisting = Literal["error", "replace", "skip"]

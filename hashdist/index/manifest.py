@@ -5,9 +5,10 @@ log goes from every version to the next. Everything else says how this one versi
 
 Content: `bits`, `bit_order`, `model`, `model_uri`, `collection`, `built_from`, `failed_in`, `rows` (live ones),
 `shards`, `tombstones`, `salts` (the last three are entries of files, each with the `version` it joined the index in),
-`seen` (likewise: hashdist/index/seen.py), `sources` (entry of the stamps of the files whose images it has all),
+`seen` (likewise: hashdist/index/notes.py), `sources` (entry of the stamps of the files whose images it has all),
 `listed_at` (unix seconds: what the collection had then is in it), `vocabulary` (numbers of labels given as text),
-`quality` (what the last gate measured of it), `rerank` (what features the shards keep: hashdist/index/rerank.py).
+`quality` (what the last gate measured of it), `rerank` (what features the shards keep:
+hashdist/index/search/rerank.py).
 
 Kept: `tags` (name: version), `expired` (ranges of version numbers whose files may be gone), `revoked` (attempts whose
 files may be gone: nothing of theirs can be committed any more), `candidate` (content that waits for promotion; absent
@@ -19,9 +20,9 @@ their records say), `probes` (entry of the gate's probe set).
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from hashdist.bits import BIT_ORDER
-from hashdist.errors import Conflict, NotFound
-from hashdist.shards import files as shard_files
+from hashdist.ground.bits import BIT_ORDER
+from hashdist.ground.errors import Conflict, NotFound
+from hashdist.index.shards.shard import files as shard_files
 from hashdist.store.commit import Version
 
 CONTENT = (

@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from hashdist.errors import Corrupt, HashdistError, InvalidInput, NotFound
+from hashdist.ground.errors import Corrupt, HashdistError, InvalidInput, NotFound
+from hashdist.ground.progress import say
+from hashdist.index.index import Index
 from hashdist.index.manifest import resolve
-from hashdist.index.searcher import Index
-from hashdist.progress import say
 from hashdist.store import Store
 from hashdist.store.base import Entry
 
@@ -81,7 +81,7 @@ def pinned(index: Index, held_s: float = HELD_S, every_s: float | None = None) -
     """Keep the files of the version that `index` is at now from clean-ups, for as long as the block runs.
 
     Without permission to write there is no pin: one line says so, and the reader relies on clean-ups leaving alone what
-    was superseded only lately (hashdist/index/retention.py).
+    was superseded only lately (hashdist/index/upkeep/retention.py).
 
     Args:
         index: what is read; its version is what it is at now.

@@ -10,14 +10,14 @@ candidate leaves by `promote`, by `discard`, or when a later proposal passes (de
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hashdist import telemetry
-from hashdist.errors import Conflict, NotFound, Refused
+from hashdist.ground import telemetry
+from hashdist.ground.errors import Conflict, NotFound, Refused
 from hashdist.index.manifest import CONTENT, KEPT, content, successor
 from hashdist.index.view import View
 from hashdist.store.commit import Version
 
 if TYPE_CHECKING:
-    from hashdist.index.searcher import Index
+    from hashdist.index.index import Index
 
 Gate = Callable[[View, View], dict[str, Any]]
 """(served, proposed) -> report: `passed`, `checks` (name, passed, value, limit, text of each), and, where they were

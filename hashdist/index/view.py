@@ -12,17 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hashdist import scan, telemetry
-from hashdist.bits import BIT_ORDER
-from hashdist.errors import Corrupt, InvalidInput
-from hashdist.ids import image_ids
-from hashdist.index.engines import Engine
-from hashdist.index.filters import Filter, Searched, Selection, Selections
-from hashdist.index.radius import Use, tables_of, within_of
-from hashdist.index.rerank import features
-from hashdist.index.seen import last_of_each, read_seen
-from hashdist.prefetch import in_order
-from hashdist.shards import Shard, local_file, map_npy, opening, read_salts
+from hashdist.ground import telemetry
+from hashdist.ground.bits import BIT_ORDER
+from hashdist.ground.errors import Corrupt, InvalidInput
+from hashdist.ground.ids import image_ids
+from hashdist.ground.threads import in_order
+from hashdist.index.notes import last_of_each, read_seen
+from hashdist.index.search.engines import Engine
+from hashdist.index.search.filters import Filter, Searched, Selection, Selections
+from hashdist.index.search.rerank import features
+from hashdist.index.search.tables import Use, tables_of, within_of
+from hashdist.index.shards.shard import Shard, local_file, map_npy, opening, read_salts
+from hashdist.nearest import scan
 from hashdist.store.commit import Log, Version
 
 _READ_AT_ONCE = 16
@@ -226,7 +227,7 @@ class View:
 
     @cached_property
     def salts(self) -> dict[str, int]:
-        """The keys whose id has a salt > 0 (hashdist/ids.py)."""
+        """The keys whose id has a salt > 0 (hashdist/ground/ids.py)."""
         return {
             key: salt for entry in self.manifest["salts"] for key, salt in read_salts(self.log.store, entry).items()
         }
@@ -282,7 +283,7 @@ class View:
         return codes
 
     def features(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
-        """The features kept of live ids, float16 [N, D]; for versions that keep them (hashdist/index/rerank.py)."""
+        """The features of live ids, float16 [N, D], in versions that keep them (hashdist/index/search/rerank.py)."""
         return features(self, self.locate(ids))
 
     def column(self, places: Places, name: str) -> list[Any]:
@@ -298,7 +299,7 @@ class View:
             yield number, which, places.take(which)
 
     def notes(self, ids: NDArray[np.int64]) -> pa.Table:
-        """What was seen of these images without a row of it (hashdist/index/seen.py): the last note about each."""
+        """What was seen of these images without a row of it (hashdist/index/notes.py): the last note about each."""
         tables = (read_seen(self.log.store, entry) for entry in self.manifest.get("seen", ()))
         return last_of_each(table.filter(pc.is_in(table["id"], pa.array(ids, pa.int64()))) for table in tables)
 

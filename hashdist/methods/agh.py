@@ -29,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from hashdist.anchors import check_images, in_blocks, k_means, squared_distances
-from hashdist.bits import check_bits
-from hashdist.errors import InvalidInput
+from hashdist.ground.bits import check_bits
+from hashdist.ground.errors import InvalidInput
+from hashdist.methods.parts.anchors import check_images, in_blocks, k_means, squared_distances
 
 NAME = "agh"
 CITATION = "Liu, Wang, Kumar and Chang, Hashing with graphs, ICML 2011"

@@ -19,14 +19,14 @@ from typing import Literal
 
 import torch
 
-from hashdist import heads
-from hashdist.errors import InvalidInput
-from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.likelihood import hardness
+from hashdist.ground.errors import InvalidInput
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place
-from hashdist.pairs import with_own_rows
-from hashdist.similarity import ImplicitW
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.likelihood import hardness
+from hashdist.methods.parts.pairs import with_own_rows
+from hashdist.methods.parts.similarity import ImplicitW
 
 NAME = "bgan_pair"
 CITATION = "Song et al., Binary Generative Adversarial Networks for Image Retrieval, AAAI 2018"

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from hashdist import heads
-from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.labels import label_sets
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place, check_labels
-from hashdist.pairs import with_own_rows
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.labels import label_sets
+from hashdist.methods.parts.pairs import with_own_rows
 
 NAME = "cnnh"
 CITATION = "Xia et al., Supervised Hashing for Image Retrieval via Image Representation Learning, AAAI 2014"

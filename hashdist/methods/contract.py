@@ -1,4 +1,4 @@
-"""What a method's file must offer, so that the one training loop (hashdist/training.py) can run it.
+"""What a method's file must offer, so that the one training loop (hashdist/models/training.py) can run it.
 
 A method is found by its file name in hashdist/methods. A deep method's file offers
 
@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import hashdist.methods
-from hashdist.communicator import Communicator
-from hashdist.errors import InvalidInput
-from hashdist.standardize import Standardize
+from hashdist.ground.errors import InvalidInput
+from hashdist.methods.parts.communicator import Communicator
+from hashdist.methods.parts.standardize import Standardize
 
 Outputs = dict[str, Tensor]
 """What a head returns for b images: "z" [b, L] and any others, each with b rows."""
@@ -118,7 +118,7 @@ class Loss:
 
     Args:
         backward: what this rank differentiates; **summed** over the ranks, the gradients are those of the loss of
-            the whole batch (hashdist/pairs.py).
+            the whole batch (hashdist/methods/parts/pairs.py).
         terms: values of the whole batch, detached, the same on every rank: "loss" and its parts.
     """
 
@@ -230,7 +230,7 @@ class MethodModule(Protocol):
         `classes` is C of the training images, 0 without labels; methods that predict classes need it.
 
         `frozen` says how it will be trained (Place.frozen), and may only matter to layers that are the identity
-        in evaluation mode. Randomness in training only by nn.Dropout (hashdist/dropout.py replaces it).
+        in evaluation mode. Randomness in training only by nn.Dropout (hashdist/models/dropout.py replaces it).
         """
 
 

@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hashdist.bits import check_bits
-from hashdist.errors import InvalidInput
+from hashdist.ground.bits import check_bits
+from hashdist.ground.errors import InvalidInput
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place
-from hashdist.pairs import unit, with_own_rows
-from hashdist.standardize import Standardize
+from hashdist.methods.parts.pairs import unit, with_own_rows
+from hashdist.methods.parts.standardize import Standardize
 
 NAME = "csdh"
 CITATION = (

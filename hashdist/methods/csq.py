@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hashdist import heads
-from hashdist.centres import centres, centres_of_images
-from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.likelihood import log_cosh
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
-from hashdist.pairs import with_own_rows
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.centres import centres, centres_of_images
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.likelihood import log_cosh
+from hashdist.methods.parts.pairs import with_own_rows
 
 NAME = "csq"
 CITATION = "Yuan et al., Central Similarity Quantization for Efficient Image and Video Retrieval, CVPR 2020"

@@ -6,7 +6,7 @@ ECML PKDD 2017. Unsupervised; learns from pairs that a fixed graph, of neighbour
 | x_i | features of the neighbour graph: ResNet's pool5 (frozen mode: the committed ones) | [n, D] | Eq 1 |
 | L_i, T_i, S = union over T_i of L_k | `data.graph`, by the graph stage (D1; K1 = 15, K2 = 6) | [n, n] | Eqs 1-3 |
 | s_ij, +1 or -1 | `Similarity` | | Eqs 3, 5 |
-| phi_i, output of full7 | `features_bD`, of CNN-F (hashdist/cnnf.py) or of any other backbone | [b, D] | Table 1 |
+| phi_i, output of full7 | `features_bD`, of CNN-F (hashdist/models/cnnf.py) or any backbone | [b, D] | Table 1 |
 | z_i = W^T phi_i + c | `z_bL` | [b, L] | Table 1 |
 | b_i = sgn(z_i), sgn(0) = +1 | `pairs.signs(z_bL)` | [b, L] | Eq 4 |
 | J, over pairs | `bank_loss` (D3), or `batch_loss` | number | Eqs 5, 10, 12 |
@@ -36,16 +36,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hashdist.bits import check_bits
-from hashdist.errors import InvalidInput
-from hashdist.labels import label_sets
+from hashdist.ground.bits import check_bits
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.progress import say
+from hashdist.ground.ranges import blocks
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Graph, Loss, Outputs, Place
-from hashdist.order import blocks
-from hashdist.pairs import all_rows, signs, sum_over_ranks, with_own_rows
-from hashdist.progress import say
-from hashdist.similarity import ImplicitW
-from hashdist.standardize import Standardize
+from hashdist.methods.parts.labels import label_sets
+from hashdist.methods.parts.pairs import all_rows, signs, sum_over_ranks, with_own_rows
+from hashdist.methods.parts.similarity import ImplicitW
+from hashdist.methods.parts.standardize import Standardize
 
 NAME = "ddh"
 CITATION = "Song et al., Deep Discrete Hashing with Self-supervised Pairwise Labels, ECML PKDD 2017"

@@ -19,12 +19,12 @@ from typing import Literal
 
 import torch
 
-from hashdist import heads
-from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.likelihood import half_inner, indicator, log_cosh, negative_log_likelihood, similar
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
-from hashdist.pairs import with_own_rows
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.likelihood import half_inner, indicator, log_cosh, negative_log_likelihood, similar
+from hashdist.methods.parts.pairs import with_own_rows
 
 NAME = "dhn"
 CITATION = "Zhu et al., Deep Hashing Network for Efficient Similarity Retrieval, AAAI 2016"

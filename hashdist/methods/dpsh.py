@@ -11,9 +11,10 @@ IJCAI 2016. Supervised; the first of the pair likelihoods.
 | -sum (s theta - log(1 + e^theta)) + eta sum norm(b - u)^2 | `loss` | number | Eq 5 |
 
 What j runs over: Algorithm 1 keeps the outputs of all n images and takes a batch's gradient against all of them; so do
-we (hashdist/bank.py), filled by one pass at the start. Eq 7 counts both roles of a pair, (i, j) and (j, i), hence the
-2 in `loss`. The released code divides by B n, so that the quantisation term has weight eta / n. Preset `paper`: the
-released code's 150 epochs at rates from 1e-2 to 1e-6 (the paper tunes within these bounds), decay 5e-4, eta = 10.
+we (hashdist/methods/parts/bank.py), filled by one pass at the start. Eq 7 counts both roles of a pair, (i, j) and (j,
+i), hence the 2 in `loss`. The released code divides by B n, so that the quantisation term has weight eta / n. Preset
+`paper`: the released code's 150 epochs at rates from 1e-2 to 1e-6 (the paper tunes within these bounds), decay 5e-4,
+eta = 10.
 """
 
 from collections.abc import Mapping
@@ -23,13 +24,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hashdist import heads
-from hashdist.bank import Bank
-from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.likelihood import half_inner, indicator, negative_log_likelihood, similar
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place, check_labels
-from hashdist.pairs import all_rows, signs, sum_over_ranks
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.bank import Bank
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.likelihood import half_inner, indicator, negative_log_likelihood, similar
+from hashdist.methods.parts.pairs import all_rows, signs, sum_over_ranks
 
 NAME = "dpsh"
 CITATION = "Li, Wang, Kang, Feature Learning based Deep Supervised Hashing with Pairwise Labels, IJCAI 2016"

@@ -26,15 +26,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hashdist import telemetry
-from hashdist.bits import check_bits
-from hashdist.errors import InvalidInput
+from hashdist.ground import telemetry
+from hashdist.ground.bits import check_bits
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.progress import say
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place
-from hashdist.pairs import all_rows, signs, sum_over_ranks, unit, with_own_rows
-from hashdist.progress import say
-from hashdist.similarity import ImplicitW, quantize
-from hashdist.standardize import Standardize
+from hashdist.methods.parts.pairs import all_rows, signs, sum_over_ranks, unit, with_own_rows
+from hashdist.methods.parts.similarity import ImplicitW, quantize
+from hashdist.methods.parts.standardize import Standardize
 
 NAME = "dsah"
 CITATION = "Lin et al., Deep Self-Adaptive Hashing for Image Retrieval, CIKM 2021"

@@ -27,13 +27,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hashdist import heads
-from hashdist.bank import Bank
-from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.likelihood import half_inner, indicator, negative_log_likelihood, similar
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place, check_labels
-from hashdist.pairs import all_rows, signs, sum_over_ranks
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.bank import Bank
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.likelihood import half_inner, indicator, negative_log_likelihood, similar
+from hashdist.methods.parts.pairs import all_rows, signs, sum_over_ranks
 
 NAME = "dsdh"
 CITATION = "Li, Sun, He, Tan, Deep Supervised Discrete Hashing, NeurIPS 2017"

@@ -20,12 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hashdist import heads
-from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.likelihood import indicator, similar
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
-from hashdist.pairs import with_own_rows
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.likelihood import indicator, similar
+from hashdist.methods.parts.pairs import with_own_rows
 
 NAME = "dsh"
 CITATION = "Liu et al., Deep Supervised Hashing for Fast Image Retrieval, CVPR 2016"

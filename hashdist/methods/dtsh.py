@@ -19,12 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hashdist import heads
-from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.likelihood import half_inner, indicator, similar, softplus
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
-from hashdist.pairs import signs, with_own_rows
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.likelihood import half_inner, indicator, similar, softplus
+from hashdist.methods.parts.pairs import signs, with_own_rows
 
 NAME = "dtsh"
 CITATION = "Wang, Shi, Kitani, Deep Supervised Hashing with Triplet Labels, ACCV 2016"

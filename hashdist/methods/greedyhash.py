@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hashdist.heads import HashHead, HeadSettings, HeadTraining
-from hashdist.likelihood import indicator
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
-from hashdist.pairs import with_own_rows
-from hashdist.straight_through import cubic, sign
+from hashdist.methods.parts.heads import HashHead, HeadSettings, HeadTraining
+from hashdist.methods.parts.likelihood import indicator
+from hashdist.methods.parts.pairs import with_own_rows
+from hashdist.methods.parts.straight_through import cubic, sign
 
 NAME = "greedyhash"
 CITATION = "Su et al., Greedy Hash: Towards Fast Optimization for Accurate Hash Coding in CNN, NeurIPS 2018"

@@ -22,11 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hashdist.heads import HashHead, HeadSettings, HeadTraining
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs
-from hashdist.pairs import all_rows, unit, with_own_rows
-from hashdist.straight_through import cubic, sign
+from hashdist.methods.parts.heads import HashHead, HeadSettings, HeadTraining
+from hashdist.methods.parts.pairs import all_rows, unit, with_own_rows
+from hashdist.methods.parts.straight_through import cubic, sign
 
 NAME = "greedyhash_unsupervised"
 CITATION = "Su et al., Greedy Hash: Towards Fast Optimization for Accurate Hash Coding in CNN, NeurIPS 2018"

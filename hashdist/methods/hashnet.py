@@ -26,13 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hashdist import heads
-from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.labels import similar_pairs
-from hashdist.likelihood import hardness, indicator, negative_log_likelihood, similar
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
-from hashdist.pairs import with_own_rows
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.labels import similar_pairs
+from hashdist.methods.parts.likelihood import hardness, indicator, negative_log_likelihood, similar
+from hashdist.methods.parts.pairs import with_own_rows
 
 NAME = "hashnet"
 CITATION = "Cao et al., HashNet: Deep Learning to Hash by Continuation, ICCV 2017"

@@ -18,9 +18,9 @@ By Schur and Horn the two sets meet; by turns, the nearest point of one to the l
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.bits import check_bits
-from hashdist.principal import centre, check_directions, principal_directions
-from hashdist.projection import Projection
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.principal import centre, check_directions, principal_directions
+from hashdist.methods.parts.projections import Projection
 
 NAME = "isoh"
 CITATION = "Kong and Li, Isotropic hashing, NIPS 2012"

@@ -14,9 +14,9 @@ A baseline: numpy only, no labels.
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.bits import check_bits
-from hashdist.principal import centre, check_directions, principal_directions
-from hashdist.projection import Projection
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.principal import centre, check_directions, principal_directions
+from hashdist.methods.parts.projections import Projection
 
 NAME = "itq"
 CITATION = "Gong and Lazebnik, A Procrustean approach to learning binary codes, CVPR 2011"

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
-from hashdist.anchors import in_blocks, squared_distances
-from hashdist.bits import check_bits
-from hashdist.principal import centre, check_directions, principal_directions
-from hashdist.projection import Projection
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.anchors import in_blocks, squared_distances
+from hashdist.methods.parts.principal import centre, check_directions, principal_directions
+from hashdist.methods.parts.projections import Projection
 
 NAME = "kmh"
 CITATION = "He, Wen and Sun, K-means hashing: an affinity-preserving quantization method, CVPR 2013"

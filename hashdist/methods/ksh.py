@@ -16,7 +16,7 @@ The objective, ||H^T H / r - S||^2 over sign vectors, is treated greedily: bit k
 the sign left out (a generalised eigenvalue problem), then with 2 / (1 + e^-x) - 1 in its place (gradient steps from
 there); the better of the two by the sign itself is taken.
 
-The kernel's width is hashdist/anchors.py's, not tuned.
+The kernel's width is hashdist/methods/parts/anchors.py's, not tuned.
 """
 
 import numpy as np
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 from threadpoolctl import threadpool_limits
 
-from hashdist.anchors import KernelProjection, anchor_kernel, check_images, sampled
-from hashdist.bits import check_bits
-from hashdist.projection import signs
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.anchors import KernelProjection, anchor_kernel, check_images, sampled
+from hashdist.methods.parts.projections import signs
 
 NAME = "ksh"
 CITATION = "Liu, Wang, Ji, Jiang and Chang, Supervised hashing with kernels, CVPR 2012"

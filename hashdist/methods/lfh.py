@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from hashdist.anchors import check_images
-from hashdist.bits import check_bits
-from hashdist.principal import centre
-from hashdist.projection import Projection
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.anchors import check_images
+from hashdist.methods.parts.principal import centre
+from hashdist.methods.parts.projections import Projection
 
 NAME = "lfh"
 CITATION = "Zhang, Zhang, Li and Guo, Supervised hashing with latent factor models, SIGIR 2014"

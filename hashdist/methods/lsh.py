@@ -8,9 +8,9 @@ The features are centred first, else most hyperplanes miss the cloud of features
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.bits import check_bits
-from hashdist.errors import InvalidInput
-from hashdist.projection import Projection
+from hashdist.ground.bits import check_bits
+from hashdist.ground.errors import InvalidInput
+from hashdist.methods.parts.projections import Projection
 
 NAME = "lsh"
 CITATION = "Charikar, Similarity estimation techniques from rounding algorithms, STOC 2002"

@@ -25,13 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hashdist import heads
-from hashdist.errors import InvalidInput
-from hashdist.heads import HeadSettings, HeadTraining
-from hashdist.likelihood import log_cosh
+from hashdist.ground.errors import InvalidInput
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place
-from hashdist.pairs import unit, with_own_rows
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.likelihood import log_cosh
+from hashdist.methods.parts.pairs import unit, with_own_rows
 
 NAME = "mls3rduh"
 CITATION = "Tu, Mao, Wei, MLS3RDUH: Manifold based Local Semantic Similarity Structure Reconstructing, IJCAI 2020"

@@ -12,9 +12,9 @@ A baseline: the paper's method without any labelled pair, known as PCA hashing; 
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.bits import check_bits
-from hashdist.principal import centre, check_directions, principal_directions
-from hashdist.projection import Projection
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.principal import centre, check_directions, principal_directions
+from hashdist.methods.parts.projections import Projection
 
 NAME = "pcah"
 CITATION = "Wang, Kumar and Chang, Semi-supervised hashing for scalable image retrieval, CVPR 2010"

@@ -23,8 +23,9 @@ step lowers the objective as written here, and that c without bound gives SDH.
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.anchors import KernelProjection, anchor_kernel, check_images, sampled
-from hashdist.bits import check_bits
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.anchors import KernelProjection, anchor_kernel, check_images, sampled
+from hashdist.methods.parts.projections import signs
 from hashdist.methods.sdh import (
     ALTERNATIONS,
     ANCHORS,
@@ -34,7 +35,6 @@ from hashdist.methods.sdh import (
     hash_solver,
     ridge,
 )
-from hashdist.projection import signs
 
 NAME = "rsdh"
 CITATION = "Robust SDH with a Cauchy loss, after Shen, Shen, Liu and Shen, Supervised discrete hashing, CVPR 2015"

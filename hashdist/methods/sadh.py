@@ -34,15 +34,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hashdist.bits import check_bits
-from hashdist.errors import InvalidInput
-from hashdist.labels import label_sets
+from hashdist.ground.bits import check_bits
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.progress import say
+from hashdist.ground.ranges import epoch_batches
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place
-from hashdist.order import epoch_batches
-from hashdist.pairs import signs, sum_over_ranks, unit, with_own_rows
-from hashdist.progress import say
-from hashdist.standardize import Standardize
+from hashdist.methods.parts.labels import label_sets
+from hashdist.methods.parts.pairs import signs, sum_over_ranks, unit, with_own_rows
+from hashdist.methods.parts.standardize import Standardize
 
 NAME = "sadh"
 CITATION = (

@@ -17,16 +17,16 @@ relaxed ones, together with a hash function that predicts them.
 B-step, discrete cyclic coordinate descent: with all bits but one fixed, Q = Y W^T + nu F(X), q its column of that bit,
 v the bit's row of W and B', W' the others,  z = sgn(q - B' W' v).
 
-The kernel's width is hashdist/anchors.py's, not tuned; the least squares of P have a small ridge, for anchors that
-are alike.
+The kernel's width is hashdist/methods/parts/anchors.py's, not tuned; the least squares of P have a small ridge, for
+anchors that are alike.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.anchors import KernelProjection, anchor_kernel, check_images, sampled
-from hashdist.bits import check_bits
-from hashdist.projection import signs
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.anchors import KernelProjection, anchor_kernel, check_images, sampled
+from hashdist.methods.parts.projections import signs
 
 NAME = "sdh"
 CITATION = "Shen, Shen, Liu and Shen, Supervised discrete hashing, CVPR 2015"

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from hashdist.anchors import check_images
-from hashdist.bits import check_bits
-from hashdist.principal import centre, check_directions, principal_directions
-from hashdist.projection import Projection
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.anchors import check_images
+from hashdist.methods.parts.principal import centre, check_directions, principal_directions
+from hashdist.methods.parts.projections import Projection
 
 NAME = "sgh"
 CITATION = "Dai, Guo, Kumar, He and Song, Stochastic generative hashing, ICML 2017"

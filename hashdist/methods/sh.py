@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.bits import check_bits
-from hashdist.errors import InvalidInput
-from hashdist.principal import centre, principal_directions
-from hashdist.projection import Projection
+from hashdist.ground.bits import check_bits
+from hashdist.ground.errors import InvalidInput
+from hashdist.methods.parts.principal import centre, principal_directions
+from hashdist.methods.parts.projections import Projection
 
 NAME = "sh"
 CITATION = "Weiss, Torralba and Fergus, Spectral hashing, NIPS 2008"

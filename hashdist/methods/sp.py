@@ -23,9 +23,9 @@ codes) are ours: the paper's own could not be checked, nor could its figures.
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.bits import check_bits
-from hashdist.principal import centre, check_directions, principal_directions
-from hashdist.projection import Projection, signs
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.principal import centre, check_directions, principal_directions
+from hashdist.methods.parts.projections import Projection, signs
 
 NAME = "sp"
 CITATION = "Xia, He, Kohli and Sun, Sparse projections for high-dimensional binary codes, CVPR 2015"

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.anchors import check_images, in_blocks, squared_distances
-from hashdist.bits import check_bits
+from hashdist.ground.bits import check_bits
+from hashdist.methods.parts.anchors import check_images, in_blocks, squared_distances
 
 NAME = "sphh"
 CITATION = "Heo, Lee, He, Chang and Yoon, Spherical hashing, CVPR 2012"

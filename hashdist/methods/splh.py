@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from hashdist.anchors import check_images
-from hashdist.bits import check_bits
+from hashdist.ground.bits import check_bits
 from hashdist.methods.ksh import pair_labels
-from hashdist.principal import centre, check_directions
-from hashdist.projection import Projection
+from hashdist.methods.parts.anchors import check_images
+from hashdist.methods.parts.principal import centre, check_directions
+from hashdist.methods.parts.projections import Projection
 
 NAME = "splh"
 CITATION = "Wang, Kumar and Chang, Sequential projection learning for hashing with compact codes, ICML 2010"

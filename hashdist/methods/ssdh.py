@@ -26,13 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hashdist import heads
-from hashdist.errors import InvalidInput
-from hashdist.heads import HeadSettings, HeadTraining
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ranges import blocks
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place
-from hashdist.order import blocks
-from hashdist.pairs import unit, with_own_rows
+from hashdist.methods.parts import heads
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.pairs import unit, with_own_rows
 
 NAME = "ssdh"
 CITATION = "Yang et al., Semantic Structure-based Unsupervised Deep Hashing, IJCAI 2018"

@@ -20,15 +20,16 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from hashdist import __version__, telemetry
-from hashdist.errors import HashdistError, InvalidInput
-from hashdist.search import picture_uri
+from hashdist import __version__
+from hashdist.commands.search import picture_uri
+from hashdist.ground import telemetry
+from hashdist.ground.errors import HashdistError, InvalidInput
+from hashdist.ground.settings import ServiceSettings
 from hashdist.service import limits
 from hashdist.service.batching import Batches, Found
 from hashdist.service.limits import Border, Bucket, Busy
 from hashdist.service.serving import Served, Serving, age_s
 from hashdist.service.thumbnails import SIDES, Thumbnails, code_of
-from hashdist.settings import ServiceSettings
 
 _FIELDS = 16
 _WAIT_S = 2.0

@@ -26,19 +26,20 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
 from ray.util import get_node_ip_address
 
-from hashdist import distributed, telemetry
 from hashdist.cli import parse
-from hashdist.errors import InvalidInput, Unavailable
-from hashdist.images import BadImage, claimed_pixels, decode
+from hashdist.collection.decode import BadImage, claimed_pixels, decode
+from hashdist.ground import telemetry
+from hashdist.ground.errors import InvalidInput, Unavailable
+from hashdist.ground.progress import say
+from hashdist.ground.settings import ServiceSettings, Settings
 from hashdist.index import Index
 from hashdist.index.view import View
-from hashdist.progress import say
 from hashdist.service.api import Backend, EncodedImage, make_app
 from hashdist.service.batching import Batches
 from hashdist.service.limits import App, Receive, Scope, Send
 from hashdist.service.serving import Serving
-from hashdist.settings import ServiceSettings, Settings
-from hashdist.stages.search import Call, Searcher, SpreadIndex
+from hashdist.stages.cluster import session
+from hashdist.stages.cluster.peers import Call, Searcher, SpreadIndex
 from hashdist.store.commit import Log, Version
 
 NAME = "hashdist"
@@ -103,7 +104,7 @@ class Encoder:
 
     def __init__(self, max_pixels: int, batch: int, device: str) -> None:
         _on_own_address()
-        telemetry.set_sink(distributed.RaySink())
+        telemetry.set_sink(session.RaySink())
         self._max_pixels, self._device = max_pixels, device
         self._models: OrderedDict[str, Any] = OrderedDict()
         self._loading = threading.Lock()
@@ -155,7 +156,7 @@ class Encoder:
         with self._loading:
             if uri not in self._models:
                 # brings torch with it, which a process that only names this class does without
-                from hashdist.model import load_model
+                from hashdist.models.model import load_model
 
                 self._models[uri] = load_model(uri, device=self._device)
             self._models.move_to_end(uri)
@@ -229,7 +230,7 @@ class Search:
     def __init__(self, uri: str, settings: ServiceSettings, encoder: Any, shards: list[Any], guarded: bool) -> None:
         _on_own_address()
         self._guarded = guarded
-        telemetry.set_sink(distributed.RaySink())
+        telemetry.set_sink(session.RaySink())
         self._settings, self._encoder = settings, encoder
         self._serving = Serving(
             uri,
@@ -245,7 +246,7 @@ class Search:
     def __serve_build_asgi_app__(self) -> Unfetched:
         encode = self._encode if self._encoder is not None else None
         self._batches = Batches(_SCANS_AT_ONCE, time.perf_counter)
-        backend = Backend(self._serving, self._batches, encode, distributed.exported_metrics, self._settings)
+        backend = Backend(self._serving, self._batches, encode, session.exported_metrics, self._settings)
         return Unfetched(make_app(backend, self._token()))
 
     def _token(self) -> str:
@@ -348,14 +349,14 @@ def is_guarded(service: ServiceSettings) -> bool:
 
 
 def _cluster_has_gpus() -> bool:
-    return bool(ray.is_initialized() and distributed.gpus())
+    return bool(ray.is_initialized() and session.gpus())
 
 
 def serve(settings: Settings) -> dict[str, Any]:
     """Serve until SIGTERM or SIGINT: requests that have begun are answered, then the application is taken away."""
     service = settings.service
     ended = threading.Event()
-    with distributed.session(settings.cluster):
+    with session.session(settings.cluster):
         for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
             signal.signal(number, lambda *_: ended.set())
         ray_serve.start(http_options={"host": service.host, "port": service.port})

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist import telemetry
+from hashdist.ground import telemetry
 from hashdist.index import Index
 
 MOST_QUERIES = 256

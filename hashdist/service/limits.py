@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from uuid import uuid4
 
-from hashdist import telemetry
-from hashdist.errors import HashdistError
+from hashdist.ground import telemetry
+from hashdist.ground.errors import HashdistError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from hashdist import telemetry
-from hashdist.collections import Collection, open_collection
-from hashdist.errors import Corrupt, HashdistError, InvalidInput, NotFound, Unavailable
+from hashdist.collection.collection import Collection, open_collection
+from hashdist.ground import telemetry
+from hashdist.ground.errors import Corrupt, HashdistError, InvalidInput, NotFound, Unavailable
+from hashdist.ground.progress import say
 from hashdist.index import Index
 from hashdist.index.manifest import resolve, rewritten
 from hashdist.index.pins import pinned
 from hashdist.index.view import View
-from hashdist.progress import say
 from hashdist.store import open_store
 from hashdist.store.commit import Log, Version
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hashdist.errors import NotFound
-from hashdist.images import BadImage, decode
+from hashdist.collection.decode import BadImage, decode
+from hashdist.ground.errors import NotFound
 from hashdist.service.serving import Served
 
 SIDES = (16, 1024)

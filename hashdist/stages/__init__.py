@@ -1,1 +1,1 @@
-"""The stages of the pipeline, one a file: the only place, with hashdist/distributed.py, that knows Ray."""
+"""The stages of the pipeline, one a file: the only place, with hashdist/stages/cluster/session.py, that knows Ray."""

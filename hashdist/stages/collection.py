@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hashdist import distributed, telemetry
-from hashdist.collections import (
+from hashdist.collection.collection import (
     KIND,
     REVISION,
     Listing,
@@ -19,9 +18,11 @@ from hashdist.collections import (
     plan,
     write_unit,
 )
-from hashdist.progress import say
-from hashdist.schema import failures
-from hashdist.settings import Settings
+from hashdist.ground import telemetry
+from hashdist.ground.progress import say
+from hashdist.ground.schema import failures
+from hashdist.ground.settings import Settings
+from hashdist.stages.cluster import session
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, open_artefact
 
@@ -93,7 +94,7 @@ def commit_plan(
     part_rows = settings.collection.part_rows
     scan = Scan(target, planned, part_rows)
     numbers = range(len(planned.units))
-    records = distributed.run_parts(target, numbers, scan, label="collection", at_once=distributed.cpus())
+    records = session.run_parts(target, numbers, scan, label="collection", at_once=session.cpus())
     units = [records[number] for number in numbers]
     labels = label_numbers(planned.reader, units)
     if vocabulary is not None:

@@ -1,7 +1,7 @@
 """Stage: near-duplicates of an index, as clusters of rows that hang together by steps of at most R bits.
 
 Every pair of blocks of rows is joined once, each as one Ray task, and what comes back is a forest of at most as many
-edges as the two blocks have rows (hashdist/index/duplicates.py). An index of one block is joined here, without Ray.
+edges as the two blocks have rows (hashdist/nearest/joins.py). An index of one block is joined here, without Ray.
 
 The result is one parquet file, a row for each image that has a near-duplicate, sorted by (cluster, id): `cluster` (the
 smallest id of the cluster), `id`, `key`, `distance` (bits between its code and that of the image whose id is
@@ -23,16 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hashdist import distributed
-from hashdist.bits import hamming
-from hashdist.errors import AlreadyExists, InvalidInput, NotFound
-from hashdist.index import Index, duplicates, open_index
-from hashdist.index.duplicates import Block, Edges
+from hashdist.ground.bits import hamming
+from hashdist.ground.errors import AlreadyExists, InvalidInput, NotFound
+from hashdist.ground.progress import say
+from hashdist.ground.ranges import blocks
+from hashdist.ground.settings import ClusterSettings, DedupOptions
+from hashdist.index import Index, open_index
 from hashdist.index.pins import pinned
 from hashdist.index.view import View
-from hashdist.order import blocks
-from hashdist.progress import say
-from hashdist.settings import ClusterSettings, DedupOptions
+from hashdist.nearest import joins
+from hashdist.nearest.joins import Block, Edges
+from hashdist.stages.cluster import session
 from hashdist.store import Store, open_store
 
 _METADATA = b"hashdist.dedup"
@@ -59,7 +60,7 @@ def run(index: Index, options: DedupOptions, cluster: ClusterSettings) -> dict[s
         view = index.view
         work = _since(index, options) if options.previous else _afresh(view, options)
         edges = [work.known, *_results(work, view, options, cluster)]
-        ids, clusters = duplicates.components(_forest(edges))
+        ids, clusters = joins.components(_forest(edges))
         table = _table(view, ids, clusters)
     about = {"index": index.uri, "version": view.number, **_identity(options)}
     sink = io.BytesIO()
@@ -123,7 +124,7 @@ def _afresh(view: View, options: DedupOptions) -> _Work:
     sources = list(_sources(view, 0 if options.within_shard else options.block_rows))
     every = combinations_with_replacement(range(len(sources)), 2)
     tasks = [(i, j) for i, j in every if i == j or not options.within_shard]
-    return _Work(sources, tasks, duplicates.no_edges())
+    return _Work(sources, tasks, joins.no_edges())
 
 
 def _sources(view: View, block_rows: int) -> Iterator[list[Rows]]:
@@ -163,7 +164,7 @@ def _since(index: Index, options: DedupOptions) -> _Work:
         return replace(_afresh(view, options), joined=len(joined.ids), gone=len(gone))
     broken = np.isin(previous.clusters, previous.clusters[np.isin(previous.ids, gone)])
     remaining = np.setdiff1d(previous.ids[broken], gone)
-    known = duplicates.stars(previous.ids[~broken], previous.clusters[~broken])
+    known = joins.stars(previous.ids[~broken], previous.clusters[~broken])
     news = [Block(joined.ids[a:b], joined.codes[a:b]) for a, b in blocks(len(joined.ids), options.block_rows)]
     all_rows = list(_sources(view, options.block_rows)) if news else []
     old = len(news)
@@ -258,8 +259,8 @@ class _Join:
     def __call__(self, task: tuple[int, int]) -> Edges:
         left = self._block(task[0])
         if task[0] == task[1]:
-            return duplicates.within(left, self.radius)
-        return duplicates.between(left, self._block(task[1]), self.radius)
+            return joins.within(left, self.radius)
+        return joins.between(left, self._block(task[1]), self.radius)
 
     def _block(self, number: int) -> Block:
         source = self.sources[number]
@@ -273,18 +274,18 @@ def _results(work: _Work, view: View, options: DedupOptions, cluster: ClusterSet
     if len(work.tasks) < _TASKS_FOR_RAY:
         yield from map(join, work.tasks)
         return
-    with distributed.session(cluster):
-        for _, edges in distributed.run_tasks(join, work.tasks, label="dedup", at_once=distributed.cpus()):
+    with session.session(cluster):
+        for _, edges in session.run_tasks(join, work.tasks, label="dedup", at_once=session.cpus()):
             yield edges
 
 
 def _forest(parts: Iterable[Edges]) -> Edges:
     """The edges of all parts, cut down whenever they have become many."""
-    held: list[Edges] = [duplicates.no_edges()]
+    held: list[Edges] = [joins.no_edges()]
     for edges in parts:
         held.append(edges)
         if sum(map(len, held)) > _EDGES_KEPT:
-            held = [duplicates.stars(*duplicates.components(np.concatenate(held)))]
+            held = [joins.stars(*joins.components(np.concatenate(held)))]
     return np.concatenate(held)
 
 

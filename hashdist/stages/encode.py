@@ -14,17 +14,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hashdist import distributed, telemetry
-from hashdist.bits import BIT_ORDER
-from hashdist.collections import Collection
-from hashdist.collections import Image as Listed
-from hashdist.errors import InvalidInput
-from hashdist.given import UNUSABLE
-from hashdist.images import BadImage
-from hashdist.model import NOT_FINITE, Model, check_features, load_model
-from hashdist.schema import OK, failures, from_vectors, to_vectors, vector_schema
-from hashdist.settings import Settings
-from hashdist.sources import UNREADABLE
+from hashdist.collection.collection import Collection
+from hashdist.collection.collection import Image as Listed
+from hashdist.collection.decode import BadImage
+from hashdist.collection.readers.reader import UNREADABLE
+from hashdist.collection.vectors import UNUSABLE
+from hashdist.ground import telemetry
+from hashdist.ground.bits import BIT_ORDER
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.schema import OK, failures, from_vectors, to_vectors, vector_schema
+from hashdist.ground.settings import Settings
+from hashdist.models.model import NOT_FINITE, Model, check_features, load_model
+from hashdist.stages.cluster import session
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, read_table, write_table
 
@@ -68,11 +69,11 @@ def run(settings: Settings, model: Artefact, source: Artefact) -> dict[str, Any]
         return _result(codes, started, skipped=True)
     check_source(model, source)
     of_images = source.kind == "collections"
-    gpu = of_images and distributed.gpus() > 0
+    gpu = of_images and session.gpus() > 0
     work = partial(_encode_images if of_images else _encode_features, codes, model, source, "cuda" if gpu else "cpu")
     parts = range(Collection(source).parts if of_images else len(source.manifest()["files"]))
-    at_once = settings.encode.workers or (distributed.gpus() if gpu else _tasks(source))
-    records = distributed.run_parts(
+    at_once = settings.encode.workers or (session.gpus() if gpu else _tasks(source))
+    records = session.run_parts(
         codes, parts, work, label="encode", at_once=at_once, num_cpus=1, num_gpus=1 if gpu else 0
     )
     codes.publish(_manifest(settings, model, source, [records[part] for part in parts]))
@@ -83,7 +84,7 @@ def _tasks(source: Artefact) -> int:
     """One a core, but not more than pay for what starting a process costs."""
     worth = -(-int(source.manifest()["rows"]) // _ROWS_WORTH_A_PROCESS[source.kind])
     # a Ray of one machine may have been given more logical CPUs than the machine has
-    cores = min(distributed.cpus(), os.cpu_count() or 1) if distributed.nodes() == 1 else distributed.cpus()
+    cores = min(session.cpus(), os.cpu_count() or 1) if session.nodes() == 1 else session.cpus()
     return max(1, min(worth, cores))
 
 

@@ -2,9 +2,9 @@
 
 Ray tasks go over runs of parts. Each returns, per query, the histogram of (all, relevant) over the distances and its
 first R results; histograms add up and result lists are merged, so nothing of the size of the database travels. From
-them come the metrics of hashdist/ranking.py: by ranked list in (distance, id) order, tie-expected, and by radius.
-Where there are features, recall@k against the exact cosine neighbours is measured too, which needs no labels; and
-the shallow methods, fitted on the same features of the same training images, stand beside the codes.
+them come the metrics of hashdist/evaluation/ranking.py: by ranked list in (distance, id) order, tie-expected, and by
+radius. Where there are features, recall@k against the exact cosine neighbours is measured too, which needs no labels;
+and the shallow methods, fitted on the same features of the same training images, stand beside the codes.
 """
 
 import io
@@ -19,18 +19,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hashdist import bits, distributed, neighbours, ranking, scan
-from hashdist.errors import InvalidInput, NotFound
-from hashdist.index import rerank
+from hashdist.evaluation import ranking
+from hashdist.evaluation.protocols import columns, split_rows
+from hashdist.ground import bits
+from hashdist.ground.errors import InvalidInput, NotFound
+from hashdist.ground.progress import say
+from hashdist.ground.ranges import blocks, runs
+from hashdist.ground.schema import OK, from_vectors
+from hashdist.ground.settings import Settings
+from hashdist.index.search import rerank
 from hashdist.methods.contract import Encoder, find_method, fit_shallow, shallow_methods
-from hashdist.order import blocks, runs
-from hashdist.progress import say
-from hashdist.protocols import columns, split_rows
-from hashdist.sample import one_hot
-from hashdist.schema import OK, from_vectors
-from hashdist.settings import Settings
-from hashdist.snapshots import read_vectors
+from hashdist.models.sample import one_hot
+from hashdist.nearest import cosine, scan
+from hashdist.stages.cluster import session
 from hashdist.store.commit import Artefact, open_artefact, read_file, read_table
+from hashdist.store.vectors import read_vectors
 
 _ROWS_PER_TASK = 250_000
 _PAIRS_AT_ONCE = 16_384
@@ -221,7 +224,7 @@ def _vectors(artefact: Artefact, column: str, ids: Ids) -> NDArray[Any]:
 def _spans(artefact: Artefact) -> list[list[dict[str, Any]]]:
     files = artefact.manifest()["files"]
     rows = [file["rows"] for file in files]
-    most = min(_ROWS_PER_TASK, -(-sum(rows) // distributed.cpus()))
+    most = min(_ROWS_PER_TASK, -(-sum(rows) // session.cpus()))
     return [files[start:stop] for start, stop in runs(rows, most)]
 
 
@@ -259,8 +262,8 @@ def _measure(task: Task, source: Source) -> Outcome:
     histograms = np.zeros((len(queries_QW), 2, 8 * queries_QW.shape[1] + 1), np.int64)
     best: scan.Nearest | None = None
     work = partial(_part, task, source, queries_QW)
-    for _, (counts, found) in distributed.run_tasks(
-        work, _spans(source.artefact), label="evaluate", at_once=distributed.cpus()
+    for _, (counts, found) in session.run_tasks(
+        work, _spans(source.artefact), label="evaluate", at_once=session.cpus()
     ):
         histograms += counts
         found = scan.Nearest(*map(np.array, found))  # what Ray hands over is read-only
@@ -325,7 +328,7 @@ def _reranked(task: Task, outcome: Outcome, features: Artefact, exact: Ids, k: i
     queries_QD = _vectors(features, "feature", task.queries)
     work = partial(_cosines, features, queries_QD, candidates_QC)
     scores = np.zeros(candidates_QC.size)
-    parts = distributed.run_tasks(work, _spans(features), label="rerank", at_once=distributed.cpus())
+    parts = session.run_tasks(work, _spans(features), label="rerank", at_once=session.cpus())
     for _, (places, found) in parts:
         scores[places] = found
     order = np.lexsort((candidates_QC, -scores.reshape(candidates_QC.shape)), axis=1)[:, : exact.shape[1]]
@@ -348,7 +351,7 @@ def _cosines(
     scores = np.empty(len(places))
     for start, stop in blocks(len(places), _PAIRS_AT_ONCE):
         some = places[start:stop]
-        scores[start:stop] = neighbours.similarity(queries_QD[some // candidates_QC.shape[1]], kept[rows[some]])
+        scores[start:stop] = cosine.similarity(queries_QD[some // candidates_QC.shape[1]], kept[rows[some]])
     return places, scores
 
 
@@ -363,7 +366,7 @@ def _exact_neighbours(task: Task, features: Artefact, k: int) -> Ids:
     """Ids of the k images nearest to each query by cosine, itself left out: int64 [Q, k'], by (cosine, id)."""
     queries_QD = _vectors(features, "feature", task.queries)
     work = partial(_nearest_features, task, features, queries_QD, k + task.own)
-    parts = distributed.run_tasks(work, _spans(features), label="exact neighbours", at_once=distributed.cpus())
+    parts = session.run_tasks(work, _spans(features), label="exact neighbours", at_once=session.cpus())
     scores, ids = (np.concatenate(column, axis=1) for column in zip(*(found for _, found in parts), strict=True))
     order = np.lexsort((ids, -scores), axis=1)
     ranked = np.take_along_axis(ids, order, axis=1)
@@ -380,6 +383,6 @@ def _nearest_features(
     k = min(k, len(base_ND))
     if not k:
         return np.empty((len(queries_QD), 0)), np.empty((len(queries_QD), 0), np.int64)
-    rows_QK = neighbours.nearest(queries_QD, base_ND, k, threads=1)
-    scores = neighbours.similarity(np.repeat(queries_QD, k, axis=0), base_ND[rows_QK.ravel()])
+    rows_QK = cosine.nearest(queries_QD, base_ND, k, threads=1)
+    scores = cosine.similarity(np.repeat(queries_QD, k, axis=0), base_ND[rows_QK.ravel()])
     return scores.reshape(rows_QK.shape), table["id"].to_numpy()[rows_QK]

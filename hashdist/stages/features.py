@@ -25,16 +25,18 @@ import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
 
-from hashdist import distributed, errors, given, telemetry
-from hashdist.backbones import Backbone, build_backbone
-from hashdist.collections import Collection, Image
-from hashdist.errors import HashdistError, InvalidInput, NotFound
-from hashdist.images import BadImage, decode
-from hashdist.networks import open_network, state_bytes, warn_of_random, weights_identity
-from hashdist.prefetch import in_order
-from hashdist.progress import Progress, say
-from hashdist.schema import OK, failures, to_vectors, vector_schema
-from hashdist.settings import FeatureSettings, Settings
+from hashdist.collection import vectors
+from hashdist.collection.collection import Collection, Image
+from hashdist.collection.decode import BadImage, decode
+from hashdist.ground import errors, telemetry
+from hashdist.ground.errors import HashdistError, InvalidInput, NotFound
+from hashdist.ground.progress import Progress, say
+from hashdist.ground.schema import OK, failures, to_vectors, vector_schema
+from hashdist.ground.settings import FeatureSettings, Settings
+from hashdist.ground.threads import in_order
+from hashdist.models.backbones import Backbone, build_backbone
+from hashdist.models.networks import open_network, state_bytes, warn_of_random, weights_identity
+from hashdist.stages.cluster import session
 from hashdist.store import open_store
 from hashdist.store.commit import (
     Artefact,
@@ -76,7 +78,7 @@ def snapshot(settings: Settings, *upstream: Artefact) -> Artefact:
         return open_artefact(chosen.snapshot, KIND)
     root = open_store(settings.root)
     if chosen.source:
-        source = given.list_source(chosen.source)
+        source = vectors.list_source(chosen.source)
         inputs = {"source": source.digest, "uri": source.uri}
         return artefact(root, KIND, inputs=inputs, settings={}, revision=REVISION, salt=settings.fresh)
     (collection,) = upstream
@@ -214,15 +216,15 @@ class _Extraction:
             yield int(row["part"]), found["record"], found["span"]
 
     def _pool(self, parts: int) -> _Pool:
-        gpus, cpus = distributed.gpus(), distributed.cpus()
+        gpus, cpus = session.gpus(), session.cpus()
         threads = self.settings.threads or 1
         if gpus:
             workers = min(self.settings.workers or gpus, parts)
-            return _Pool(workers, max(1, min((cpus - 1) // gpus, distributed.cpus_per_gpu())), True, threads)
+            return _Pool(workers, max(1, min((cpus - 1) // gpus, session.cpus_per_gpu())), True, threads)
         # one machine may have been given more logical CPUs than it has; one is left for Ray Data's own tasks
-        cores = cpus - 1 if distributed.nodes() > 1 else min(cpus - 1, os.cpu_count() or 1)
+        cores = cpus - 1 if session.nodes() > 1 else min(cpus - 1, os.cpu_count() or 1)
         workers = min(self.settings.workers or max(1, cores // threads), parts)
-        return _Pool(workers, max(1, min(threads, distributed.node_cpus(), (cpus - 1) // workers)), False, threads)
+        return _Pool(workers, max(1, min(threads, session.node_cpus(), (cpus - 1) // workers)), False, threads)
 
     def _plan(self) -> dict[str, Any]:
         return read_record(self.target.store, PLAN)
@@ -277,7 +279,7 @@ class Extractor:
         decoders: int,
         parts: NDArray[np.int64],
     ) -> None:
-        telemetry.set_sink(distributed.RaySink())
+        telemetry.set_sink(session.RaySink())
         self._target, self._parts, self._decoders = target, parts, decoders
         self._collection = Collection(collection)
         self._build = partial(build_backbone, threads=threads, device=device)
@@ -401,7 +403,7 @@ def _table(rows: Sequence[Image], reasons: Sequence[str | None], features_ND: ND
     status = [UNREADABLE if reason else OK for reason in reasons]
     said = list(reasons)
     for row in np.flatnonzero(~np.isfinite(features_ND).all(1)):
-        status[row] = given.UNUSABLE
+        status[row] = vectors.UNUSABLE
         said[row] = f"not-finite: the feature does not fit into {features_ND.dtype.name}"
     present_N = np.array([s == OK for s in status], np.bool_)
     schema = vector_schema("feature", features_ND.dtype.name, features_ND.shape[1])
@@ -432,11 +434,11 @@ class _TakeOver:
     """Work of one task: a run of rows of the user's features as a part of ours."""
 
     target: Artefact
-    planned: given.Plan
+    planned: vectors.Plan
 
     def __call__(self, part: int) -> dict[str, Any]:
         """Write part `part`; returns its record."""
-        table = given.table(self.planned, part)
+        table = vectors.table(self.planned, part)
         return {
             **_counts(table),
             "file": write_table(self.target.store, self.target.new_name(".parquet"), table, row_group_rows=8192),
@@ -444,10 +446,10 @@ class _TakeOver:
 
 
 def _take_over(settings: Settings, target: Artefact) -> dict[str, Any]:
-    planned = given.plan(given.list_source(settings.features.source))
+    planned = vectors.plan(vectors.list_source(settings.features.source))
     parts = range(len(planned.chunks))
     work = _TakeOver(target, planned)
-    records = distributed.run_parts(target, parts, work, label="features", at_once=distributed.cpus())
+    records = session.run_parts(target, parts, work, label="features", at_once=session.cpus())
     fields = {
         "inputs": {"source": {"uri": planned.source.uri, "digest": planned.source.digest}},
         "settings": {"source": planned.source.uri},

@@ -22,15 +22,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hashdist import distributed, neighbours
-from hashdist.errors import InvalidInput
+from hashdist.evaluation.protocols import columns, identity, split_rows
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.progress import say
+from hashdist.ground.ranges import blocks
+from hashdist.ground.schema import OK, from_vectors
+from hashdist.ground.settings import GraphSettings, Settings
 from hashdist.methods.contract import find_method
-from hashdist.order import blocks
-from hashdist.progress import say
-from hashdist.protocols import columns, identity, split_rows
-from hashdist.schema import OK, from_vectors
-from hashdist.settings import GraphSettings, Settings
-from hashdist.snapshots import read_vectors
+from hashdist.nearest import cosine
+from hashdist.stages.cluster import session
 from hashdist.store import Store, open_store
 from hashdist.store.commit import (
     Artefact,
@@ -41,6 +41,7 @@ from hashdist.store.commit import (
     write_file,
     write_table,
 )
+from hashdist.store.vectors import read_vectors
 
 KIND = "graphs"
 REVISION = 1
@@ -187,13 +188,13 @@ class _Work:
 
 
 def _run_phases(work: _Work, chosen: GraphSettings) -> dict[int, dict[str, Any]]:
-    cores = max(1, min(chosen.threads, distributed.node_cpus()))
-    at_once = chosen.workers or max(1, distributed.cpus() // cores)
+    cores = max(1, min(chosen.threads, session.node_cpus()))
+    at_once = chosen.workers or max(1, session.cpus() // cores)
     records: dict[int, dict[str, Any]] = {}
     for phase, parts in work.phases():
         task = replace(work, records=records)
         label = f"graph: {phase}"
-        found = distributed.run_parts(work.graph, parts, task, label=label, at_once=at_once, num_cpus=cores)
+        found = session.run_parts(work.graph, parts, task, label=label, at_once=at_once, num_cpus=cores)
         records = {**records, **found}
     return records
 
@@ -216,7 +217,7 @@ def _write_sample(work: _Work) -> dict[str, Any]:
 def _nearest(work: _Work, start: int, stop: int) -> dict[str, Any]:
     """Neighbours of rows start to stop among all."""
     features_ND = _read(work.graph.store, work.records[0]["features"])
-    found = neighbours.self_nearest(features_ND, work.k1, rows=(start, stop), threads=work.threads)
+    found = cosine.self_nearest(features_ND, work.k1, rows=(start, stop), threads=work.threads)
     return {"neighbours": _write(work.graph, found.rows_MK), "rescored": found.rescored}
 
 
@@ -230,8 +231,8 @@ def _join_neighbours(work: _Work) -> dict[str, Any]:
 def _initial_similarity(work: _Work, start: int, stop: int) -> dict[str, Any]:
     """W of rows start to stop, not yet symmetric."""
     neighbours_NK = _read(work.graph.store, work.records[len(work.runs) + 1]["neighbours"])
-    inverted = neighbours.inverted_lists(neighbours_NK)
-    similarity = neighbours.initial_similarity if work.rule == "and" else neighbours.union_similarity
+    inverted = cosine.inverted_lists(neighbours_NK)
+    similarity = cosine.initial_similarity if work.rule == "and" else cosine.union_similarity
     w = similarity(neighbours_NK, inverted, work.k2, (start, stop), threads=work.threads)
     return {"indptr": _write(work.graph, w.indptr), "indices": _write(work.graph, w.indices)}
 
@@ -241,7 +242,7 @@ def _join_similarity(work: _Work) -> dict[str, Any]:
     degrees = [np.diff(_read(work.graph.store, record["indptr"])) for record in records]
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(degrees))])
     indices = np.concatenate([_read(work.graph.store, record["indices"]) for record in records])
-    w = neighbours.symmetric(neighbours.Sparse(indptr, indices), work.symmetrize)
+    w = cosine.symmetric(cosine.Sparse(indptr, indices), work.symmetrize)
     files = {"w0_indptr": _write(work.graph, w.indptr), "w0_indices": _write(work.graph, w.indices)}
     return {**files, "edges": len(w.indices)}
 

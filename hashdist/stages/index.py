@@ -18,26 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hashdist import distributed
-from hashdist.collections import Collection
-from hashdist.errors import AlreadyExists, Conflict, InvalidInput, NotFound
-from hashdist.ids import image_id
-from hashdist.index import Index, create_index, open_index, promotion, rerank
-from hashdist.index.seen import (
-    FOLDER,
-    SEEN,
-    SOURCES_SUFFIX,
-    SUFFIX,
-    last_of_each,
-    write_seen,
-    write_sources,
-)
-from hashdist.order import runs
-from hashdist.progress import say
-from hashdist.schema import OK, from_vectors
-from hashdist.settings import Settings
-from hashdist.shards import Rows, Shard, write_shard
-from hashdist.sources import source_stamp
+from hashdist.collection.collection import Collection
+from hashdist.collection.readers.reader import source_stamp
+from hashdist.ground.errors import AlreadyExists, Conflict, InvalidInput, NotFound
+from hashdist.ground.ids import image_id
+from hashdist.ground.progress import say
+from hashdist.ground.ranges import runs
+from hashdist.ground.schema import OK, from_vectors
+from hashdist.ground.settings import Settings
+from hashdist.index import Index, create_index, open_index, promotion
+from hashdist.index.notes import FOLDER, SEEN, SOURCES_SUFFIX, SUFFIX, last_of_each, write_seen, write_sources
+from hashdist.index.search import rerank
+from hashdist.index.shards.shard import Rows, Shard, write_shard
+from hashdist.stages.cluster import session
 from hashdist.store import Entry
 from hashdist.store.commit import Artefact, Log, open_artefact, read_table
 
@@ -68,7 +61,7 @@ def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
     if _built(index.manifest, codes, features):
         return _result(index, started, skipped=True)
     # brings torch with it, which the tasks that write shards do without
-    checks = importlib.import_module("hashdist.gate").for_build(settings, codes)
+    checks = importlib.import_module("hashdist.evaluation.gate").for_build(settings, codes)
     if _waits(index, codes, features):
         say("index: these codes wait as a candidate already; nothing is written, the gate looks at them again")
         promotion.promote(index, checks)
@@ -78,7 +71,7 @@ def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
     parts = [range(start, stop) for start, stop in spans]
     listing = _listing(codes)
     task = _WriteShard(codes, features, listing, Log(index.store))
-    done = dict(distributed.run_tasks(task, parts, label="index", at_once=distributed.cpus()))
+    done = dict(session.run_tasks(task, parts, label="index", at_once=session.cpus()))
     written = [done[number] for number in range(len(parts))]
     shards = [part.shard for part in written if part.shard]
     _require_distinct(index, shards)
@@ -242,7 +235,7 @@ def salts_of(keys: Sequence[str], ids: Sequence[int]) -> dict[str, int]:
         if image_id(key) != id_:
             found = next((salt for salt in range(1, _MOST_SALTS) if image_id(key, salt) == id_), None)
             if found is None:
-                raise InvalidInput(f"the id of {key!r} must be made from its key (hashdist/ids.py), found {id_}")
+                raise InvalidInput(f"the id of {key!r} must be made from its key (hashdist/ground/ids.py), found {id_}")
             salts[key] = found
     return salts
 

@@ -19,12 +19,12 @@ import torch
 from safetensors import torch as safetensors
 from torch import nn
 
-from hashdist import distributed, telemetry
-from hashdist.bits import check_bits
-from hashdist.checkpoints import Checkpoints, agree_on_newest, finite, load_state
-from hashdist.collections import subset
-from hashdist.communicator import Communicator, TorchDistributed
-from hashdist.errors import Conflict, InvalidInput
+from hashdist.collection.collection import subset
+from hashdist.ground import telemetry
+from hashdist.ground.bits import check_bits
+from hashdist.ground.errors import Conflict, InvalidInput
+from hashdist.ground.progress import say, speak_to
+from hashdist.ground.settings import Settings, TrainSettings
 from hashdist.methods.contract import (
     TrainingData,
     check_labels,
@@ -33,15 +33,16 @@ from hashdist.methods.contract import (
     find_method,
     method_settings,
 )
-from hashdist.model import describe
-from hashdist.networks import Network, open_network, spec_settings, state_bytes, weights_digest
-from hashdist.progress import say, speak_to
-from hashdist.sample import LocalShare, cache_images, read_sample, sample_ids, sample_labels
-from hashdist.settings import Settings, TrainSettings
+from hashdist.methods.parts.communicator import Communicator, TorchDistributed
+from hashdist.models.checkpoints import Checkpoints, agree_on_newest, finite, load_state
+from hashdist.models.model import describe
+from hashdist.models.networks import Network, open_network, spec_settings, state_bytes, weights_digest
+from hashdist.models.sample import LocalShare, cache_images, read_sample, sample_ids, sample_labels
+from hashdist.models.training import Trained, train
+from hashdist.stages.cluster import session
+from hashdist.stages.cluster.workers import Workers, fit
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, Log, Version, artefact, read_file, write_file
-from hashdist.trainer import Workers, fit
-from hashdist.training import Trained, train
 
 KIND = "models"
 REVISION = 1
@@ -139,7 +140,7 @@ def _sample(settings: Settings, graph: Artefact, collection: Artefact | None) ->
 
 
 def _wants_gpus(wanted: TrainSettings) -> bool:
-    found = distributed.gpus() if wanted.gpu == "auto" else 0
+    found = session.gpus() if wanted.gpu == "auto" else 0
     if 0 < found < wanted.workers:
         say(f"train: {found} GPUs for {wanted.workers} workers, so on CPUs; --train.workers {found} takes the GPUs")
     return wanted.gpu == "yes" or found >= wanted.workers
@@ -298,7 +299,7 @@ def _result(model: Artefact, started: float, *, skipped: bool) -> dict[str, Any]
 
 def _work(job: _Job) -> None:
     """Train on this rank, from the newest checkpoint; rank 0 commits checkpoints and the weights."""
-    telemetry.set_sink(distributed.RaySink())
+    telemetry.set_sink(session.RaySink())
     wanted = job.settings.train
     device = _gpu() if job.gpu else torch.device("cpu")
     comm = TorchDistributed(device)

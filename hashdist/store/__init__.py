@@ -1,6 +1,6 @@
 """Stores: folders of immutable objects on local disk or S3, opened by path or URI."""
 
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
 from hashdist.store.base import Entry, Store
 from hashdist.store.local import LocalStore
 from hashdist.store.s3 import S3Store

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pyarrow.fs
 
-from hashdist.errors import HashdistError, InvalidInput, NotFound, Unavailable
+from hashdist.ground.errors import HashdistError, InvalidInput, NotFound, Unavailable
 
 
 class Entry(NamedTuple):

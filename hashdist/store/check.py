@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 from uuid import uuid4
 
-from hashdist.errors import HashdistError, InvalidInput, NotFound
+from hashdist.ground.errors import HashdistError, InvalidInput, NotFound
 from hashdist.store.base import Exists, Store
 from hashdist.store.commit import create_until_answered, prove_conditional_create
 

@@ -23,7 +23,7 @@ What every party does, and what it may assume
 - A **reader without permission to write** cannot pin. It relies on clean-ups leaving alone what was superseded less
   than an age ago, which is an hour at least. Later it may find a file gone (NotFound), never another file in its
   place.
-- A **cleaner** commits first and deletes second (hashdist/index/retention.py). Its version names the versions it
+- A **cleaner** commits first and deletes second (hashdist/index/upkeep/retention.py). Its version names the versions it
   expires and the attempts it revokes; since all later versions are created upon it, nothing that it deletes can be
   named again. After the commit it looks for pins, and spares their versions. It never deletes records. Ages are
   differences of the store's own stamps; no clock of a machine counts, and what has no known age stays. It may
@@ -87,9 +87,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hashdist import __version__, telemetry
-from hashdist.errors import Conflict, Corrupt, HashdistError, InvalidInput, NotFound, OutcomeUnknown, Unavailable
-from hashdist.schema import FORMAT_VERSION
+from hashdist import __version__
+from hashdist.ground import telemetry
+from hashdist.ground.errors import Conflict, Corrupt, HashdistError, InvalidInput, NotFound, OutcomeUnknown, Unavailable
+from hashdist.ground.schema import FORMAT_VERSION
 from hashdist.store import Store, open_store
 from hashdist.store.base import Contended, Exists, checked_name
 
@@ -506,7 +507,8 @@ def open_artefact(uri: str, kind: str) -> Artefact:
 
 
 def _as_rewritten(store: Store, manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest as it has to be read now: with the records of erasures applied in their order (hashdist/erasure.py).
+    """A manifest as it has to be read now: with the records of erasures applied in their order
+    (hashdist/commands/purge.py).
 
     Each names new entries of `files`, by the path of the old ones, and fields that are others since (`changed`).
     """

@@ -12,8 +12,8 @@ from uuid import uuid4
 
 import pyarrow.fs
 
-from hashdist import telemetry
-from hashdist.errors import AlreadyExists, InvalidInput, NotFound, OutcomeUnknown, Unavailable
+from hashdist.ground import telemetry
+from hashdist.ground.errors import AlreadyExists, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from hashdist.store.base import Entry, Exists, Store, checked_name
 
 TEMPORARY = ".hashdist-tmp-"

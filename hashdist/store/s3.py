@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs
 
-from hashdist import telemetry
-from hashdist.errors import HashdistError, InvalidInput, NotFound, OutcomeUnknown, Unavailable
+from hashdist.ground import telemetry
+from hashdist.ground.errors import HashdistError, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from hashdist.store.base import Contended, Entry, Exists, Store, checked_name, joined
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashdist import cache, keyfile
-from hashdist.cache import local_file
-from hashdist.errors import Corrupt, InvalidInput, NotFound, Unavailable
+from hashdist.ground.errors import Corrupt, InvalidInput, NotFound, Unavailable
 from hashdist.index import create_index, open_index
-from hashdist.keyfile import KeyFile
-from hashdist.shards import Shard, parts
-from hashdist.store import open_store
+from hashdist.index.shards import keys as key_files
+from hashdist.index.shards.keys import KeyFile
+from hashdist.index.shards.shard import Shard, parts
+from hashdist.store import cache, open_store
+from hashdist.store.cache import local_file
 from hashdist.store.commit import write_file
 from hashdist.store.local import LocalStore
 
@@ -328,12 +328,12 @@ def test_a_search_fetches_neither_columns_nor_keys(s3_endpoint: str, tmp_path: P
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keyfile, "BATCH_ROWS", 16)
-    monkeypatch.setattr(keyfile, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(key_files, "BATCH_ROWS", 16)
+    monkeypatch.setattr(key_files, "_SMALL_BYTES", 0)
 
 
 def key_file(store: Remote, keys: list[str], name: str = "keys") -> tuple[KeyFile, dict[str, Any]]:
-    entry = write_file(store, name, keyfile.encoded(pa.array(keys, pa.large_string())), len(keys))
+    entry = write_file(store, name, key_files.encoded(pa.array(keys, pa.large_string())), len(keys))
     return KeyFile(store, entry, lambda: local_file(store, entry)), entry
 
 
@@ -341,8 +341,8 @@ def key_file(store: Remote, keys: list[str], name: str = "keys") -> tuple[KeyFil
 @settings(max_examples=60, deadline=None)
 def test_any_rows_of_any_keys(tmp_path_factory: pytest.TempPathFactory, keys: list[str], data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(keyfile, "BATCH_ROWS", 16)
-        patched.setattr(keyfile, "_SMALL_BYTES", 0)
+        patched.setattr(key_files, "BATCH_ROWS", 16)
+        patched.setattr(key_files, "_SMALL_BYTES", 0)
         file, entry = key_file(Remote(tmp_path_factory.mktemp("keys") / "store"), [f"{key}é" for key in keys])
         for _ in range(3):
             rows = data.draw(st.lists(st.integers(0, len(keys) - 1), max_size=20))

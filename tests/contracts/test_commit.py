@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 from faults import FaultyProxy, FaultyStore
 
-from hashdist import telemetry
-from hashdist.errors import Conflict, Corrupt, InvalidInput, NotFound, OutcomeUnknown, Unavailable
-from hashdist.schema import FORMAT_VERSION
+from hashdist.ground import telemetry
+from hashdist.ground.errors import Conflict, Corrupt, InvalidInput, NotFound, OutcomeUnknown, Unavailable
+from hashdist.ground.schema import FORMAT_VERSION
 from hashdist.store import Store, commit, open_store
 from hashdist.store.commit import (
     TRIES,

@@ -13,13 +13,14 @@ from faults import Crash, FaultyStore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hashdist import ids as ids_module
-from hashdist.bits import hamming
-from hashdist.errors import Conflict
-from hashdist.index import Index, compaction, create_index, open_index
-from hashdist.index.compaction import compact, due
-from hashdist.settings import IndexSettings
-from hashdist.shards import Rows, write_shard
+from hashdist.ground import ids as ids_module
+from hashdist.ground.bits import hamming
+from hashdist.ground.errors import Conflict
+from hashdist.ground.settings import IndexSettings
+from hashdist.index import Index, create_index, open_index
+from hashdist.index.shards.shard import Rows, write_shard
+from hashdist.index.upkeep import compaction
+from hashdist.index.upkeep.compaction import compact, due
 from hashdist.store import open_store
 from hashdist.store.commit import Log
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hashdist.errors import InvalidInput
-from hashdist.ids import image_ids
-from hashdist.index import Index, create_index, engines, filters, open_index
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ids import image_ids
+from hashdist.index import Index, create_index, open_index
+from hashdist.index.search import engines, filters
 
 Codes = NDArray[np.uint8]
 EXACT = [engines.Folded(), engines.Faiss(), engines.Torch(device="cpu"), engines.Torch(device="cpu", rows_at_once=37)]

@@ -13,15 +13,16 @@ from faults import Crash, FaultyStore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hashdist import ids as ids_module
-from hashdist.bits import hamming
-from hashdist.errors import Conflict, InvalidInput, Refused
-from hashdist.index import Index, change, create_index, open_index, promotion, retention, verification
-from hashdist.index.compaction import compact
-from hashdist.index.erasure import Erased, purge
+from hashdist.ground import ids as ids_module
+from hashdist.ground.bits import hamming
+from hashdist.ground.errors import Conflict, InvalidInput, Refused
+from hashdist.ground.settings import IndexSettings
+from hashdist.index import Index, change, create_index, open_index, promotion
 from hashdist.index.manifest import content, kept_numbers, successor
-from hashdist.index.seen import SEEN
-from hashdist.settings import IndexSettings
+from hashdist.index.notes import SEEN
+from hashdist.index.upkeep import retention, verification
+from hashdist.index.upkeep.compaction import compact
+from hashdist.index.upkeep.erasure import Erased, purge
 from hashdist.store import open_store
 from hashdist.store.commit import Log
 

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import hashdist
-from hashdist import cache, shards
-from hashdist import ids as ids_module
-from hashdist.bits import hamming
-from hashdist.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound
-from hashdist.index import Index, change, create_index, open_index, searcher
-from hashdist.store import open_store
+from hashdist.ground import ids as ids_module
+from hashdist.ground.bits import hamming
+from hashdist.ground.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound
+from hashdist.index import Index, change, create_index, open_index
+from hashdist.index import index as index_module
+from hashdist.index.shards import shard as shard_files
+from hashdist.store import cache, open_store
 
 Codes = NDArray[np.uint8]
 
@@ -152,7 +153,7 @@ def test_apply_is_one_commit(uri: str) -> None:
     index = create_index(uri, bits=64)
     index.append(codes[:3], ["a", "b", "c"])
     done = index.apply(codes[3:5], ["b", "d"], removed=["a", "zz"], lineage={"collection": "here"})
-    assert done == searcher.Applied(version=3, added=1, replaced=1, removed=1, unknown=1)
+    assert done == index_module.Applied(version=3, added=1, replaced=1, removed=1, unknown=1)
     check(open_index(uri), {"b": codes[3], "c": codes[2], "d": codes[4]}, codes)
     assert index.collection_uri == "here"
     with pytest.raises(InvalidInput, match="added or removed, not both"):
@@ -187,7 +188,7 @@ def test_batch_and_single_queries_give_the_same_lists(tmp_path: Path, monkeypatc
     together = index.search(queries, k=30)
     single = [index.search(query[None], k=30).ids[0] for query in queries]
     np.testing.assert_array_equal(together.ids, np.stack(single))
-    monkeypatch.setattr(searcher, "_RESULTS_AT_ONCE", 90)
+    monkeypatch.setattr(index_module, "_RESULTS_AT_ONCE", 90)
     np.testing.assert_array_equal(together.ids, index.search(queries, k=30).ids)
 
 
@@ -196,7 +197,7 @@ def test_faiss_opens_the_shards_and_its_row_is_the_row_of_the_ids(tmp_path: Path
     codes, keys = random_codes(50, bits), names(50)
     index = create_index(str(tmp_path / "index"), bits=bits)
     index.append(codes, keys)
-    entry = shards.parts(index.manifest["shards"][0])
+    entry = shard_files.parts(index.manifest["shards"][0])
     opened = faiss.read_index_binary(str(tmp_path / "index" / entry["codes"]["path"]))
     assert (opened.d, opened.ntotal) == (bits, 50)
     ids = np.load(tmp_path / "index" / entry["ids"]["path"])
@@ -213,7 +214,7 @@ def test_what_is_written_is_what_faiss_writes(tmp_path: Path) -> None:
     flat = faiss.IndexBinaryFlat(48)
     flat.add(codes)
     faiss.write_index_binary(flat, str(tmp_path / "faiss.bin"))
-    assert (tmp_path / "faiss.bin").read_bytes() == shards.faiss_flat(codes)
+    assert (tmp_path / "faiss.bin").read_bytes() == shard_files.faiss_flat(codes)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +451,7 @@ def test_searches_from_many_threads(tmp_path: Path) -> None:
 def test_a_damaged_shard_is_found_when_it_is_opened(tmp_path: Path) -> None:
     index = create_index(str(tmp_path / "index"), bits=64)
     index.append(random_codes(100), names(100))
-    path = tmp_path / "index" / shards.parts(index.manifest["shards"][0])["codes"]["path"]
+    path = tmp_path / "index" / shard_files.parts(index.manifest["shards"][0])["codes"]["path"]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.chmod(0o600)
@@ -474,7 +475,7 @@ def test_a_damaged_cache_file_is_fetched_again(
     check(open_index(uri), model, codes[:2])
     cached = sorted(path for path in own_cache.glob("??/*"))
     assert sorted(path.name for path in cached) == sorted(
-        entry["sha256"] for entry in shards.files(index.manifest["shards"][0])
+        entry["sha256"] for entry in shard_files.files(index.manifest["shards"][0])
     )
     for path in cached:
         data = path.read_bytes()
@@ -486,7 +487,7 @@ def test_bytes_that_are_not_the_committed_ones_are_refused(s3_endpoint: str, tmp
     uri = f"s3://hashdist/{tmp_path.name}-bad/index"
     index = create_index(uri, bits=64)
     index.append(random_codes(10), names(10))
-    name = shards.parts(index.manifest["shards"][0])["codes"]["path"]
+    name = shard_files.parts(index.manifest["shards"][0])["codes"]["path"]
     open_store(uri).put(name, b"something else")
     with pytest.raises(Corrupt, match="was committed, found"):
         open_index(uri).search(random_codes(1), 1)

@@ -12,9 +12,10 @@ from faults import Crash, FaultyStore
 from index_world import codes_of
 
 from hashdist import cli
-from hashdist.errors import NotFound
-from hashdist.index import Index, create_index, open_index, retention
-from hashdist.index.lineage import Withdrawn, vacuum_artefacts
+from hashdist.ground.errors import NotFound
+from hashdist.index import Index, create_index, open_index
+from hashdist.index.upkeep import retention
+from hashdist.index.upkeep.lineage import Withdrawn, vacuum_artefacts
 from hashdist.store import Store, commit, open_store
 from hashdist.store.commit import Artefact, Log, artefact, read_file, write_file
 

@@ -24,7 +24,7 @@ from training_world import (
     without_times,
 )
 
-from hashdist.communicator import Communicator, SingleProcess
+from hashdist.ground.ranges import rank_slice
 from hashdist.methods.contract import (
     Batch,
     MethodModule,
@@ -35,8 +35,8 @@ from hashdist.methods.contract import (
     method_settings,
     settings_text,
 )
-from hashdist.order import rank_slice
-from hashdist.training import Checkpoint
+from hashdist.methods.parts.communicator import Communicator, SingleProcess
+from hashdist.models.training import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
 DEEP = deep_methods()

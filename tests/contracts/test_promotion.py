@@ -11,16 +11,16 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from hashdist.bits import hamming
-from hashdist.errors import Conflict, InvalidInput, NotFound, Refused
-from hashdist.ids import image_ids
+from hashdist.ground.bits import hamming
+from hashdist.ground.errors import Conflict, InvalidInput, NotFound, Refused
+from hashdist.ground.ids import image_ids
+from hashdist.ground.settings import IndexSettings
 from hashdist.index import Index, create_index, open_index
-from hashdist.index.compaction import compact
 from hashdist.index.manifest import content, files, successor
 from hashdist.index.promotion import Gate, discard, promote
+from hashdist.index.shards.shard import Rows, write_shard
+from hashdist.index.upkeep.compaction import compact
 from hashdist.index.view import View
-from hashdist.settings import IndexSettings
-from hashdist.shards import Rows, write_shard
 
 Codes = NDArray[np.uint8]
 

@@ -20,16 +20,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hashdist import cli, growth, telemetry
-from hashdist.collections import Collection
-from hashdist.errors import InvalidInput, Refused
+from hashdist import cli
+from hashdist.collection.collection import Collection
+from hashdist.collection.readers.reader import FolderReader, content_digest
+from hashdist.ground import telemetry
+from hashdist.ground.errors import InvalidInput, Refused
+from hashdist.ground.schema import OK
+from hashdist.ground.settings import GateSettings, ReindexOptions
 from hashdist.index import open_index
-from hashdist.index.seen import MOST_FILES
-from hashdist.model import load_model
-from hashdist.schema import OK
-from hashdist.settings import GateSettings, ReindexOptions
-from hashdist.sources import FolderReader, content_digest
-from hashdist.stages import reindex as stage
+from hashdist.index.notes import MOST_FILES
+from hashdist.models.model import load_model
+from hashdist.reindex import find as stage
+from hashdist.reindex import run as reindex_run
 from hashdist.store import local, open_store
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -124,11 +126,11 @@ def test_an_index_follows_its_collection(form: str, root_uri: str, tmp_path: Pat
     WRITERS[form](base, images)
     world.empty_index(root_uri)
     settings = world.settings_of(root_uri, base)
-    first = growth.reindex(settings)
+    first = reindex_run.reindex(settings)
     assert (first["version"], first["added"], first["encoded"], len(encoded)) == (2, 40, 40, 40)
     same_answers(root_uri, images, form)
     before = telemetry.traffic()
-    assert growth.reindex(settings)["version"] == 2
+    assert reindex_run.reindex(settings)["version"] == 2
     spent = telemetry.traffic().since(before)
     assert spent.requests["put"] + spent.requests["create"] == 0
 
@@ -137,11 +139,11 @@ def test_an_index_follows_its_collection(form: str, root_uri: str, tmp_path: Pat
         del images[key]
     images |= {"002.png": world.png(102), "x003.png": world.png(103), "new.png": world.png(200)}
     WRITERS[form](base, images)
-    grown = growth.reindex(settings)
+    grown = reindex_run.reindex(settings)
     assert [grown[name] for name in ("added", "changed", "removed", "encoded", "version")] == [1, 2, 2, 3, 3]
     assert sorted(encoded) == sorted(named(form, dict.fromkeys(("002.png", "x003.png", "new.png"), b"")))
     same_answers(root_uri, images, form)
-    again = growth.reindex(settings)
+    again = reindex_run.reindex(settings)
     assert (again["version"], again["encoded"], len(encoded)) == (3, 0, 3)
     assert again["text"].startswith("reindex: nothing new: ")
     assert "\n" not in again["text"]
@@ -155,12 +157,12 @@ def test_bytes_that_are_the_same_are_read_once_and_never_encoded(
     WRITERS[form](base, images)
     world.empty_index(root)
     settings = world.settings_of(root, base)
-    growth.reindex(settings)
+    reindex_run.reindex(settings)
     encoded.clear()
     shards = open_index(f"{root}/indexes/photos").manifest["shards"]
     for path in base.rglob("*"):
         os.utime(path, ns=(1, 1))
-    touched = growth.reindex(settings)
+    touched = reindex_run.reindex(settings)
     assert (touched["encoded"], touched["changed"], encoded) == (0, 0, [])
     assert touched["costs"]["listing" if form != "folder" else "encode"]["read"] or form != "folder"
     index = open_index(f"{root}/indexes/photos")
@@ -168,7 +170,7 @@ def test_bytes_that_are_the_same_are_read_once_and_never_encoded(
     read: list[str] = []
     monkeypatch.setattr(FolderReader, "_get", lambda self, key: read.append(key))
     monkeypatch.setattr(stage, "_scan", lambda found, *more: read.extend(entry.name for entry in found.files))
-    assert growth.reindex(settings)["version"] == 3
+    assert reindex_run.reindex(settings)["version"] == 3
     assert read == []
 
 
@@ -177,13 +179,13 @@ def test_many_notes_become_one_file(tmp_path: Path) -> None:
     world.write(base, {f"{i}.png": world.png(i) for i in range(3)})
     world.empty_index(root)
     settings = world.settings_of(root, base)
-    growth.reindex(settings)
+    reindex_run.reindex(settings)
     for stamp in range(MOST_FILES + 2):
         os.utime(base / f"{stamp % 3}.png", ns=(stamp, stamp))
-        assert growth.reindex(settings)["version"] == stamp + 3
+        assert reindex_run.reindex(settings)["version"] == stamp + 3
     manifest = open_index(f"{root}/indexes/photos").manifest
     assert [entry["rows"] for entry in manifest["seen"]] == [3, 1]
-    assert growth.reindex(settings)["version"] == MOST_FILES + 4
+    assert reindex_run.reindex(settings)["version"] == MOST_FILES + 4
 
 
 # Bad images
@@ -245,7 +247,7 @@ def test_bad_images_are_rows_with_a_reason(tmp_path: Path, encoded: list[str], m
 
     monkeypatch.setattr(stage, "find", find_and_lose)
     monkeypatch.setattr("hashdist.store.local._regular", _refusing(local._regular))
-    first = growth.reindex(settings)
+    first = reindex_run.reindex(settings)
     assert (first["added"], first["failed"]) == (len(good), len(bad))
     same_answers(root, good)
     notes = open_index(f"{root}/indexes/photos").view.notes_between(0, (1 << 63) - 1).to_pylist()
@@ -254,14 +256,14 @@ def test_bad_images_are_rows_with_a_reason(tmp_path: Path, encoded: list[str], m
         assert note["status"] != OK
         assert note["reason"].partition(":")[0] in bad[note["key"]][1].split("|"), note
     encoded.clear()
-    again = growth.reindex(settings)
+    again = reindex_run.reindex(settings)
     assert (again["version"], encoded) == (first["version"], [])  # only bytes that could not be had are tried again
     assert (again["unreadable"], again["failed"]) == (len(bad) - 2, 1)
-    retried = growth.reindex(settings, ReindexOptions(retry_failed=True))
+    retried = reindex_run.reindex(settings, ReindexOptions(retry_failed=True))
     assert (retried["version"], retried["failed"]) == (first["version"], len(bad) - 1)
     monkeypatch.undo()
     world.write(base, {"empty.jpg": good["001.png"], "vanished.png": bad["vanished.png"][0]})
-    mended = growth.reindex(settings)
+    mended = reindex_run.reindex(settings)
     assert (mended["added"], mended["failed"]) == (3, 0)
     same_answers(root, good | {k: (base / k).read_bytes() for k in ("empty.jpg", "vanished.png", "refused.png")})
 
@@ -282,12 +284,12 @@ def test_bad_images_of_a_file_are_retried_by_opening_it(form: str, tmp_path: Pat
     WRITERS[form](base, images | {"bad.png": b"no image"})
     world.empty_index(root)
     settings = world.settings_of(root, base)
-    assert growth.reindex(settings)["failed"] == 1
+    assert reindex_run.reindex(settings)["failed"] == 1
     same_answers(root, images, form)
-    idle = growth.reindex(settings)
+    idle = reindex_run.reindex(settings)
     assert (idle["unreadable"], idle["unchanged"], idle["listed"], idle["version"]) == (1, 12, 13, 2)
     encoded.clear()
-    again = growth.reindex(settings, ReindexOptions(retry_failed=True))
+    again = reindex_run.reindex(settings, ReindexOptions(retry_failed=True))
     assert (encoded, again["version"]) == (list(named(form, {"bad.png": b""})), 2)
 
 
@@ -299,16 +301,16 @@ def test_a_plan_changes_nothing_and_foretells_the_run(root_uri: str, tmp_path: P
     world.write(base, {f"{i}.png": world.png(i) for i in range(60)})
     world.empty_index(root_uri)
     settings = world.settings_of(root_uri, base)
-    growth.reindex(settings)
+    reindex_run.reindex(settings)
     world.write(base, {"0.png": world.png(90), "new.png": world.png(91)})
     (base / "1.png").unlink()
     store = open_store(root_uri)
     before = {entry.name: entry.stamp for entry in store.list()}
-    planned = growth.reindex(settings, ReindexOptions(plan=True))
+    planned = reindex_run.reindex(settings, ReindexOptions(plan=True))
     assert {entry.name: entry.stamp for entry in store.list()} == before
     assert planned["actual"] is None
     assert planned["plan"]["seconds"] > 0
-    done = growth.reindex(settings)
+    done = reindex_run.reindex(settings)
     for plan in (planned["plan"], done["plan"]):
         assert [plan[name] for name in ("new", "touched", "removed", "unchanged")] == [1, 1, 1, 58]
     for name in ("new", "touched", "removed", "unchanged", "read_bytes", "get_requests"):
@@ -325,7 +327,7 @@ def test_a_list_of_changes_stands_in_for_the_listing(tmp_path: Path, encoded: li
     world.write(base, images)
     world.empty_index(root)
     settings = world.settings_of(root, base)
-    growth.reindex(settings)
+    reindex_run.reindex(settings)
     encoded.clear()
     images |= {"0.png": world.png(50), "new.png": world.png(51), "not-told.png": world.png(52)}
     images = {key: data for key, data in images.items() if key not in ("1.png", "2.png", "3.png")}
@@ -335,17 +337,19 @@ def test_a_list_of_changes_stands_in_for_the_listing(tmp_path: Path, encoded: li
         "0.png\nput\tnew.png\nput\t4.png\ndelete\t1.png\nput\t2.png\nnotes.txt\nput\tnever.png\ndelete\tno.png"
     )
     before = telemetry.traffic()
-    done = growth.reindex(settings, ReindexOptions(changes=str(told)))
+    done = reindex_run.reindex(settings, ReindexOptions(changes=str(told)))
     assert [done[name] for name in ("added", "changed", "removed", "unchanged")] == [1, 1, 2, 1]
     assert sorted(encoded) == ["0.png", "new.png"]
     assert telemetry.traffic().since(before).requests["head"] >= 5
     # what nobody told of is found by a listing
     assert set(world.content(root)) == {*images, "3.png"} - {"not-told.png"}
-    growth.reindex(settings)
+    reindex_run.reindex(settings)
     same_answers(root, images)
     write_parquet(tmp_path / "files", images)
     with pytest.raises(InvalidInput, match="leave out --changes"):
-        growth.reindex(world.settings_of(root, tmp_path / "files", format="parquet"), ReindexOptions(changes=str(told)))
+        reindex_run.reindex(
+            world.settings_of(root, tmp_path / "files", format="parquet"), ReindexOptions(changes=str(told))
+        )
 
 
 def test_an_inventory_stands_in_for_the_listing(s3_endpoint: str, tmp_path: Path) -> None:
@@ -367,14 +371,14 @@ def test_an_inventory_stands_in_for_the_listing(s3_endpoint: str, tmp_path: Path
         return str(tmp_path / "manifest.json")
 
     before = telemetry.traffic()
-    done = growth.reindex(settings, ReindexOptions(inventory=inventory(2e9)))
+    done = reindex_run.reindex(settings, ReindexOptions(inventory=inventory(2e9)))
     assert done["added"] == 10
     assert done["costs"]["listing"]["requests"] == {"get": 2}
     same_answers(root, images)
-    assert growth.reindex(settings)["version"] == 2  # LIST shows the same sizes and stamps
+    assert reindex_run.reindex(settings)["version"] == 2  # LIST shows the same sizes and stamps
     assert telemetry.traffic().since(before).requests["get"] >= 12
     with pytest.raises(InvalidInput, match="images that came in between would be removed"):
-        growth.reindex(settings, ReindexOptions(inventory=inventory(1e9)))
+        reindex_run.reindex(settings, ReindexOptions(inventory=inventory(1e9)))
 
 
 # Labels, pictures, settings
@@ -385,9 +389,9 @@ def test_labels_keep_their_numbers_when_classes_come(tmp_path: Path) -> None:
     world.write(base, {f"{label}/{i}.png": world.png(hash(label) % 999 + i) for label in "bd" for i in range(3)})
     world.empty_index(root)
     settings = world.settings_of(root, base)
-    growth.reindex(settings)
+    reindex_run.reindex(settings)
     world.write(base, {f"{label}/9.png": world.png(i) for i, label in enumerate("acb")} | {"plain.png": world.png(7)})
-    growth.reindex(settings)
+    reindex_run.reindex(settings)
     index = open_index(f"{root}/indexes/photos")
     assert index.manifest["vocabulary"] == {"b": 0, "d": 1, "a": 2, "c": 3}
     found = pa.concat_tables(index.tables(["labels"]))
@@ -400,18 +404,26 @@ def test_an_index_without_a_model_or_a_wrong_collection_is_refused(tmp_path: Pat
     world.empty_index(root)
     (tmp_path / "none").mkdir()
     with pytest.raises(InvalidInput, match="found nothing there"):
-        growth.reindex(world.settings_of(root, tmp_path / "none"))
+        reindex_run.reindex(world.settings_of(root, tmp_path / "none"))
     with pytest.raises(InvalidInput, match=r"give --collection\.uri"):
-        growth.reindex(world.settings_of(root, ""))
+        reindex_run.reindex(world.settings_of(root, ""))
     with pytest.raises(InvalidInput, match="give one of them"):
-        growth.reindex(world.settings_of(root, tmp_path), ReindexOptions(changes="a", inventory="b"))
+        reindex_run.reindex(world.settings_of(root, tmp_path), ReindexOptions(changes="a", inventory="b"))
     with pytest.raises(InvalidInput, match=r"leave out --collection\.snapshot"):
-        growth.reindex(world.settings_of(root, tmp_path, snapshot="x"))
+        reindex_run.reindex(world.settings_of(root, tmp_path, snapshot="x"))
 
 
 def test_pictures_that_came_later_are_found_by_key(tmp_path: Path) -> None:
-    from hashdist.collections import REVISION, assemble, described, label_numbers, list_collection, plan, write_unit
-    from hashdist.settings import CollectionSettings
+    from hashdist.collection.collection import (
+        REVISION,
+        assemble,
+        described,
+        label_numbers,
+        list_collection,
+        plan,
+        write_unit,
+    )
+    from hashdist.ground.settings import CollectionSettings
     from hashdist.store.commit import artefact
 
     base = tmp_path / "images"
@@ -466,7 +478,7 @@ def grown_world(root: str, base: Path) -> dict[str, bytes]:
     images = {f"{i:03d}.png": world.png(i) for i in range(30)}
     world.write(base, images)
     world.empty_index(root)
-    growth.reindex(world.settings_of(root, base))
+    reindex_run.reindex(world.settings_of(root, base))
     images |= {f"{i:03d}.png": world.png(i + 500) for i in range(5)} | {
         f"n{i}.png": world.png(700 + i) for i in range(9)
     }
@@ -531,14 +543,14 @@ def _requests_of_a_run(tmp_path: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(telemetry, "count_request", counted)
-        growth.reindex(world.settings_of(root, base))
+        reindex_run.reindex(world.settings_of(root, base))
     return seen[0]
 
 
 def _never_killed(root: str, tmp_path: Path) -> None:
     base = tmp_path / "alone-images"
     grown_world(root, base)
-    growth.reindex(world.settings_of(root, base))
+    reindex_run.reindex(world.settings_of(root, base))
 
 
 # What comes after the commit
@@ -554,11 +566,11 @@ def test_an_index_of_many_small_increments_is_compacted(tmp_path: Path) -> None:
     for run in range(4):
         images |= {f"{run}-{i}.png": world.png(10 * run + i) for i in range(5)}
         write_folder(base, images)
-        reasons.append(growth.reindex(settings)["compacted"])
+        reasons.append(reindex_run.reindex(settings)["compacted"])
     assert [bool(reason) for reason in reasons].count(True) >= 1
     assert len(open_index(f"{root}/indexes/photos").manifest["shards"]) < 4
     same_answers(root, images)
-    assert growth.reindex(settings)["encoded"] == 0  # sizes and stamps went with the rows
+    assert reindex_run.reindex(settings)["encoded"] == 0  # sizes and stamps went with the rows
 
 
 def test_a_refused_increment_waits_and_what_is_served_stays(tmp_path: Path) -> None:
@@ -567,9 +579,9 @@ def test_a_refused_increment_waits_and_what_is_served_stays(tmp_path: Path) -> N
     world.write(base, images)
     world.empty_index(root)
     settings = replace(world.settings_of(root, base), gate=GateSettings())
-    growth.reindex(settings)
+    reindex_run.reindex(settings)
     for i in range(10):
         (base / f"{i}.png").unlink()
     with pytest.raises(Refused, match="10 rows, 20 are served"):
-        growth.reindex(settings)
+        reindex_run.reindex(settings)
     same_answers(root, images)

@@ -14,11 +14,12 @@ from faults import Crash, FaultyStore
 from index_world import Contents, codes_of, contents
 
 import hashdist
-from hashdist.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound, OutcomeUnknown, Unavailable
-from hashdist.index import Index, compaction, create_index, erasure, open_index, pins, retention, verification
+from hashdist.ground.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound, OutcomeUnknown, Unavailable
+from hashdist.index import Index, create_index, open_index, pins
 from hashdist.index.manifest import content, files, is_expired
+from hashdist.index.shards.shard import parts, write_ids
+from hashdist.index.upkeep import compaction, erasure, retention, verification
 from hashdist.index.view import View
-from hashdist.shards import parts, write_ids
 from hashdist.store import Store, commit
 from hashdist.store.commit import Log, write_file
 

@@ -21,12 +21,14 @@ import pytest
 from numpy.typing import NDArray
 
 import hashdist
-from hashdist import cli, growth
-from hashdist.errors import InvalidInput
-from hashdist.ids import image_id
-from hashdist.index import Index, create_index, filters, open_index
-from hashdist.index.filters import column, ids, keys, parse
-from hashdist.shards import Rows, write_shard
+from hashdist import cli
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ids import image_id
+from hashdist.index import Index, create_index, open_index
+from hashdist.index.search import filters
+from hashdist.index.search.filters import column, ids, keys, parse
+from hashdist.index.shards.shard import Rows, write_shard
+from hashdist.reindex import run as reindex_run
 
 Codes = NDArray[np.uint8]
 Row = dict[str, Any]
@@ -466,9 +468,9 @@ def test_growth_keeps_features_and_a_picture_is_ranked_by_its_own(
     growth_world.empty_index(root)
     growth_world.write(images, {f"{number:02d}.png": growth_world.png(number) for number in range(20)})
     settings = growth_world.settings_of(root, images)
-    growth.reindex(replace(settings, index=replace(settings.index, rerank=True)))
+    reindex_run.reindex(replace(settings, index=replace(settings.index, rerank=True)))
     growth_world.write(images, {"03.png": growth_world.png(103), "new.png": growth_world.png(104)})
-    grown = growth.reindex(settings)  # what the index keeps is the index's matter
+    grown = reindex_run.reindex(settings)  # what the index keeps is the index's matter
     assert (grown["added"], grown["changed"]) == (1, 1)
     index = open_index(f"{root}/indexes/photos")
     assert index.manifest["rerank"]["width"] == index.view.features(index.view.find(["new.png"]).ids).shape[1]

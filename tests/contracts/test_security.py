@@ -30,22 +30,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from service_world import commit_collection
 
-from hashdist import cache
-from hashdist.errors import Corrupt, InvalidInput
-from hashdist.given import list_source, plan
-from hashdist.images import BadImage, claimed_pixels, decode
+from hashdist.collection.decode import BadImage, claimed_pixels, decode
+from hashdist.collection.readers.reader import Lost, TarReader, Unit
+from hashdist.collection.vectors import list_source, plan
+from hashdist.commands.search import picture_tag
+from hashdist.ground.errors import Corrupt, InvalidInput
+from hashdist.ground.settings import CollectionSettings, ServiceSettings
 from hashdist.index import create_index
-from hashdist.networks import Preprocess, read_weights
-from hashdist.search import picture_tag
+from hashdist.index.shards.shard import map_npy
+from hashdist.models.networks import Preprocess, read_weights
 from hashdist.service import api
 from hashdist.service.api import Backend, EncodedImage, make_app
 from hashdist.service.batching import Batches
 from hashdist.service.limits import Border
 from hashdist.service.serving import Serving
-from hashdist.settings import CollectionSettings, ServiceSettings
-from hashdist.shards import map_npy
-from hashdist.sources import Lost, TarReader, Unit
-from hashdist.store import open_store
+from hashdist.store import cache, open_store
 
 TOKEN = "s3cret-token"
 SECRET = growth_world.png(99, side=40)
@@ -598,7 +597,7 @@ def test_no_name_leads_out_of_a_store(tmp_path: Path, name: str) -> None:
 
 
 def test_a_sparse_member_of_a_tar_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hashdist.sources.MAX_BYTES", 10_000)
+    monkeypatch.setattr("hashdist.collection.readers.reader.MAX_BYTES", 10_000)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, data in (("small.png", PNG), ("large.png", bytes(20_000))):
             info = tarfile.TarInfo(name)
@@ -612,10 +611,10 @@ def test_a_sparse_member_of_a_tar_is_not_unpacked(tmp_path: Path, monkeypatch: p
 
 
 def test_an_image_file_beyond_any_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hashdist.collections import list_collection
-    from hashdist.collections import plan as plan_scan
+    from hashdist.collection.collection import list_collection
+    from hashdist.collection.collection import plan as plan_scan
 
-    monkeypatch.setattr("hashdist.sources.MAX_BYTES", 10_000)
+    monkeypatch.setattr("hashdist.collection.readers.reader.MAX_BYTES", 10_000)
     growth_world.write(tmp_path, {"small.png": PNG, "large.png": bytes(20_000)})
     planned = plan_scan(list_collection(CollectionSettings(uri=str(tmp_path))), 10)
     rows = planned.reader.scan(planned.units[0]).to_pylist()

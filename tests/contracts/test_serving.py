@@ -11,9 +11,9 @@ import pytest
 from faults import FaultyProxy
 from service_world import ServiceWorld
 
-from hashdist.errors import NotFound, Unavailable
+from hashdist.ground.errors import NotFound, Unavailable
 from hashdist.index import create_index, open_index
-from hashdist.index.retention import vacuum
+from hashdist.index.upkeep.retention import vacuum
 from hashdist.service.serving import Serving
 
 WAIT_S = 60

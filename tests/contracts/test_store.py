@@ -13,7 +13,7 @@ import pyarrow.fs
 import pytest
 from faults import FaultyProxy
 
-from hashdist.errors import AlreadyExists, HashdistError, InvalidInput, NotFound, OutcomeUnknown, Unavailable
+from hashdist.ground.errors import AlreadyExists, HashdistError, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from hashdist.store import Store, open_store
 from hashdist.store import local as local_module
 from hashdist.store.base import Contended, Exists

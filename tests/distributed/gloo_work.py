@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from training_world import deep, run, same_bits, sparse, through_file, tiny_data, tiny_settings, weights
 
-from hashdist.communicator import Communicator, SingleProcess, TorchDistributed
+from hashdist.ground.ranges import rank_slice
 from hashdist.methods import dsah
 from hashdist.methods.contract import Batch, Place, method_settings
-from hashdist.order import rank_slice
-from hashdist.pairs import FlatGradients, all_rows, unit, with_own_rows
-from hashdist.similarity import ImplicitW, quantize
-from hashdist.training import Checkpoint
+from hashdist.methods.parts.communicator import Communicator, SingleProcess, TorchDistributed
+from hashdist.methods.parts.pairs import FlatGradients, all_rows, unit, with_own_rows
+from hashdist.methods.parts.similarity import ImplicitW, quantize
+from hashdist.models.training import Checkpoint
 
 BATCH = 50
 PAPERS = ("csdh", "ddh", "dsah", "sadh")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from processes import descendants
 
-from hashdist.quickstart import write_digits
+from hashdist.commands.quickstart import write_digits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = """

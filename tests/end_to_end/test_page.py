@@ -23,10 +23,10 @@ from selenium.webdriver.common.keys import Keys
 from service_world import ODD_KEY, Service, ServiceWorld, free_port, serving
 from sklearn.datasets import load_digits
 
+from hashdist.ground.settings import ServiceSettings
 from hashdist.service.api import Backend, make_app
 from hashdist.service.batching import Batches
 from hashdist.service.serving import Serving
-from hashdist.settings import ServiceSettings
 
 MARKUP_KEY = "odd/<b>50% #1?.png"
 WAIT_S = 30

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hashdist import cli, open_index
-from hashdist.pipeline import STAGES, run_all
+from hashdist.stages.pipeline import STAGES, run_all
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

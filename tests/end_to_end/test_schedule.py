@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import yaml
 
+from hashdist.collection.readers.reader import content_digest
 from hashdist.index import open_index
-from hashdist.model import load_model
-from hashdist.sources import content_digest
+from hashdist.models.model import load_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 IMAGES = {f"{i:03d}.png": world.png(i) for i in range(120)}

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from hashdist.ids import image_ids
-from hashdist.schema import from_vectors, to_vectors, vector_schema
-from hashdist.snapshots import read_vectors
+from hashdist.ground.ids import image_ids
+from hashdist.ground.schema import from_vectors, to_vectors, vector_schema
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, digest, write_file, write_table
+from hashdist.store.vectors import read_vectors
 
 WIDTH, CLASSES, NEIGHBOURS = 16, 5, 10
 

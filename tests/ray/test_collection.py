@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hashdist import collections
-from hashdist.collections import Collection
-from hashdist.errors import InvalidInput
-from hashdist.settings import CollectionSettings, Settings
+from hashdist.collection import collection as committed
+from hashdist.collection.collection import Collection
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.settings import CollectionSettings, Settings
 from hashdist.stages import collection
 from hashdist.store import open_store
 from hashdist.store.commit import open_artefact, read_table
@@ -110,7 +110,7 @@ def test_a_second_run_scans_only_what_is_missing(tmp_path: Path, monkeypatch: py
     lost = target.store.local_path("parts/00000003.json")
     assert lost is not None
     lost.unlink()
-    monkeypatch.setattr(collection, "assemble", collections.assemble)
+    monkeypatch.setattr(collection, "assemble", committed.assemble)
     result = collection.run(settings)
     after = target.parts()
     assert {part for part in after if after[part] != before.get(part)} == {3}

@@ -11,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from hashdist import cli
-from hashdist.bits import hamming
-from hashdist.errors import AlreadyExists, InvalidInput, NotFound
+from hashdist.ground.bits import hamming
+from hashdist.ground.errors import AlreadyExists, InvalidInput, NotFound
+from hashdist.ground.settings import ClusterSettings, DedupOptions
 from hashdist.index import Index, create_index, open_index
-from hashdist.index.compaction import compact
-from hashdist.settings import ClusterSettings, DedupOptions
+from hashdist.index.upkeep.compaction import compact
 from hashdist.stages import dedup
 from hashdist.store import open_store
 

@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from safetensors import torch as safetensors
 
-from hashdist.backbones import build_backbone
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.schema import OK, from_vectors
+from hashdist.ground.settings import CollectionSettings, FeatureSettings, PreprocessSettings, Settings
 from hashdist.methods.contract import find_method, method_settings
-from hashdist.model import describe, load_model
-from hashdist.networks import open_network, state_bytes
-from hashdist.schema import OK, from_vectors
-from hashdist.settings import CollectionSettings, FeatureSettings, PreprocessSettings, Settings
-from hashdist.snapshots import read_vectors
+from hashdist.models.backbones import build_backbone
+from hashdist.models.model import describe, load_model
+from hashdist.models.networks import open_network, state_bytes
 from hashdist.stages import collection, encode
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, digest, write_file
+from hashdist.store.vectors import read_vectors
 
 BITS = 16
 SQUEEZENET = FeatureSettings(

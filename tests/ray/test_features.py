@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hashdist.backbones import build_backbone, spec_settings
-from hashdist.errors import InvalidInput, NotFound
-from hashdist.ids import image_ids
-from hashdist.images import decode
-from hashdist.schema import from_vectors
-from hashdist.settings import CollectionSettings, FeatureSettings, PreprocessSettings, Settings
-from hashdist.snapshots import read_vectors
+from hashdist.collection.decode import decode
+from hashdist.ground.errors import InvalidInput, NotFound
+from hashdist.ground.ids import image_ids
+from hashdist.ground.schema import from_vectors
+from hashdist.ground.settings import CollectionSettings, FeatureSettings, PreprocessSettings, Settings
+from hashdist.models.backbones import build_backbone, spec_settings
 from hashdist.stages import collection, features
 from hashdist.store.commit import Artefact, read_file
+from hashdist.store.vectors import read_vectors
 
 NETWORK = FeatureSettings(backbone="mobilenet_v2", weights="random", preprocess=PreprocessSettings(size=32), batch=16)
 
@@ -191,7 +191,7 @@ def test_a_killed_run_decodes_only_what_is_missing(tmp_path: Path, ray_session: 
     upstream = collection.snapshot(run)
     target = features.snapshot(run, upstream)
     names = "Settings, CollectionSettings, FeatureSettings, PreprocessSettings, GraphSettings, TrainSettings"
-    (tmp_path / "tests_settings.py").write_text(f"from hashdist.settings import *\n# {names}\nrun = {run!r}\n")
+    (tmp_path / "tests_settings.py").write_text(f"from hashdist.ground.settings import *\n# {names}\nrun = {run!r}\n")
     (tmp_path / "driver.py").write_text(DRIVER)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])}
     driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], env=environment, start_new_session=True)

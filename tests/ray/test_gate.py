@@ -14,21 +14,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import torch as safetensors
 
-from hashdist import gate
-from hashdist.bits import hamming
 from hashdist.cli import main
-from hashdist.errors import Refused
-from hashdist.ids import image_ids
+from hashdist.evaluation import gate
+from hashdist.ground.bits import hamming
+from hashdist.ground.errors import Refused
+from hashdist.ground.ids import image_ids
+from hashdist.ground.schema import to_vectors, vector_schema
+from hashdist.ground.settings import CollectionSettings, GateSettings, IndexSettings, Settings
 from hashdist.index import Index, create_index, open_index
 from hashdist.index.manifest import files
 from hashdist.index.promotion import Gate
-from hashdist.index.retention import rollback
+from hashdist.index.shards.shard import Rows, write_shard
+from hashdist.index.upkeep.retention import rollback
 from hashdist.methods import itq
 from hashdist.methods.contract import find_method, method_settings
-from hashdist.model import describe, load_model
-from hashdist.schema import to_vectors, vector_schema
-from hashdist.settings import CollectionSettings, GateSettings, IndexSettings, Settings
-from hashdist.shards import Rows, write_shard
+from hashdist.models.model import describe, load_model
 from hashdist.stages import collection, encode, index
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, digest, write_file, write_table
@@ -101,8 +101,8 @@ class World:
         return self._table("codes", "code", "uint8", codes_NW, about)
 
     def code_rows(self, codes: Artefact) -> NDArray[np.uint8]:
-        from hashdist.schema import from_vectors
-        from hashdist.snapshots import read_vectors
+        from hashdist.ground.schema import from_vectors
+        from hashdist.store.vectors import read_vectors
 
         table = read_vectors(codes, ["id", "code"])
         order = np.argsort(np.argsort(self.ids))
@@ -352,8 +352,8 @@ def test_a_model_that_reads_images_encodes_images_again(
     uri = (tmp_path / "images").as_uri()
     settings = replace(settings_of(root, fewest=10), collection=CollectionSettings(uri=uri, labels=False, part_rows=12))
     listed = Artefact.at(open_store(collection.run(settings)["snapshot"]), "collections", "listed")
-    from hashdist.backbones import build_backbone
-    from hashdist.settings import FeatureSettings, PreprocessSettings
+    from hashdist.ground.settings import FeatureSettings, PreprocessSettings
+    from hashdist.models.backbones import build_backbone
 
     spec = build_backbone(FeatureSettings(backbone="pixels", preprocess=PreprocessSettings(size=8))).spec
     head = find_method("dsah").network(

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hashdist.errors import InvalidInput
-from hashdist.ids import image_ids
-from hashdist.protocols import split
-from hashdist.settings import GraphSettings, Settings
+from hashdist.evaluation.protocols import split
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ids import image_ids
+from hashdist.ground.settings import GraphSettings, Settings
 from hashdist.stages import graph
 from hashdist.store.commit import Artefact, read_file, read_table
 

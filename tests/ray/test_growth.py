@@ -13,16 +13,18 @@ import pytest
 import torch
 from safetensors import torch as safetensors
 
-from hashdist import distributed, growth, telemetry
-from hashdist.backbones import build_backbone
-from hashdist.images import decode
+from hashdist.collection.decode import decode
+from hashdist.ground import telemetry
+from hashdist.ground.schema import OK
+from hashdist.ground.settings import FeatureSettings, PreprocessSettings, ReindexOptions, Settings
 from hashdist.index import open_index
 from hashdist.methods.contract import find_method, method_settings
-from hashdist.model import describe
-from hashdist.networks import open_network, state_bytes
-from hashdist.schema import OK
-from hashdist.settings import FeatureSettings, PreprocessSettings, ReindexOptions, Settings
+from hashdist.models.backbones import build_backbone
+from hashdist.models.model import describe
+from hashdist.models.networks import open_network, state_bytes
+from hashdist.reindex import run
 from hashdist.stages import collection, encode, features, index
+from hashdist.stages.cluster import session
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, open_artefact, write_file
 
@@ -119,19 +121,19 @@ def test_growth_gives_the_codes_of_a_fresh_build(
     assert (note["key"], note["status"] == OK) == ("1/bad.png", False)
 
     before = telemetry.traffic()
-    idle = growth.reindex(settings)
+    idle = run.reindex(settings)
     assert (idle["version"], idle["unreadable"], idle["listed"]) == (first.version, 1, 61)
     assert telemetry.traffic().since(before).written == 0
 
     again = int(form != "folder")  # what is bad is tried again when the file that it is in is another
     with monkeypatch.context() as patch:  # nothing of Ray is needed for a few images
-        patch.setattr(distributed, "session", None)
+        patch.setattr(session, "session", None)
         images |= {f"{i % 3}/{i:03d}.png": world.png(i, 24) for i in range(60, 70)}
         images |= {f"{i % 3}/{i:03d}.png": world.png(i + 900, 24) for i in range(5)}
         for key in ("0/006.png", "1/007.png"):
             del images[key]
         write_images(base, form, images)
-        grown = growth.reindex(settings)
+        grown = run.reindex(settings)
     assert [grown[name] for name in ("added", "changed", "removed", "encoded", "failed")] == [10, 5, 2, 15, again]
     fresh = (tmp_path / "fresh").as_uri()
     built(fresh, base, mode)
@@ -144,10 +146,10 @@ def test_growth_gives_the_codes_of_a_fresh_build(
     images["0/empty.png"] = b""
     del images["2/008.png"]
     write_images(base, form, images)
-    through_ray = growth.reindex(settings, ReindexOptions(in_process=3))
+    through_ray = run.reindex(settings, ReindexOptions(in_process=3))
     assert [through_ray[name] for name in ("added", "changed", "removed", "encoded")] == [20, 5, 1, 25]
     assert through_ray["failed"] == 2 + again
-    idle = growth.reindex(settings)
+    idle = run.reindex(settings)
     assert (idle["version"], idle["unreadable"]) == (through_ray["version"], 3)
     last = (tmp_path / "last").as_uri()
     built(last, base, mode)

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from hashdist.bits import hamming, pack
-from hashdist.errors import InvalidInput
-from hashdist.ids import image_ids
+from hashdist.evaluation.protocols import split
+from hashdist.ground.bits import hamming, pack
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ids import image_ids
+from hashdist.ground.schema import to_vectors, vector_schema
+from hashdist.ground.settings import EvaluateSettings, IndexSettings, Settings
 from hashdist.index import open_index
-from hashdist.protocols import split
-from hashdist.schema import to_vectors, vector_schema
-from hashdist.settings import EvaluateSettings, IndexSettings, Settings
 from hashdist.stages import evaluate, index
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, digest, write_file, write_table

@@ -17,8 +17,10 @@ from PIL import Image
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from hashdist import cli, distributed, pipeline
-from hashdist.telemetry import DECLARED
+from hashdist import cli
+from hashdist.ground.telemetry import DECLARED
+from hashdist.stages import pipeline
+from hashdist.stages.cluster import session
 
 STAGES = ("collection", "features", "graph", "train", "encode", "index")
 RAYS_OWN = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
@@ -74,7 +76,7 @@ def require_declared(text: str) -> None:
 
 def poll(url: str, until: threading.Event, of_driver: list[str], seen: set[str]) -> None:
     while not until.wait(0.4):
-        seen |= {line.split()[2] for line in distributed.exported_metrics().splitlines() if line.startswith("# TYPE")}
+        seen |= {line.split()[2] for line in session.exported_metrics().splitlines() if line.startswith("# TYPE")}
         with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
             of_driver.append(answer.read().decode())
 
@@ -111,7 +113,7 @@ def scraped(ray_session: None, s3_endpoint: str, tmp_path_factory: pytest.TempPa
         "evaluate: {protocol: ''}\n"
     )
     time.sleep(2)  # what tests before this one have counted has come
-    before = distributed.exported_metrics()
+    before = session.exported_metrics()
     of_driver: list[str] = []
     seen: set[str] = set()
     over = threading.Event()
@@ -121,7 +123,7 @@ def scraped(ray_session: None, s3_endpoint: str, tmp_path_factory: pytest.TempPa
         patch.setenv("HASHDIST_CACHE", str(folder / "cache"))
         try:
             settings, _ = cli.parse("pipeline", ["--config", str(config), f"--metrics.port={port}"])
-            with distributed.observed_session(settings):
+            with session.observed_session(settings):
                 for stage in STAGES:
                     pipeline.run_in_session(settings, stage)
         finally:
@@ -136,7 +138,7 @@ def scraped(ray_session: None, s3_endpoint: str, tmp_path_factory: pytest.TempPa
 def _when_all_is_there() -> str:
     """Processes report every second; the driver's newest gauge is the last to come."""
     for _ in range(40):
-        text = distributed.exported_metrics()
+        text = session.exported_metrics()
         if total(text, "hashdist_stage_rows", stage="reindex") and total(text, "hashdist_train_steps_total"):
             return text
         time.sleep(0.5)

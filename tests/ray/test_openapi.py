@@ -18,12 +18,12 @@ import uvicorn
 from schemathesis.engine import events, from_schema
 from service_world import ODD_KEY, ServiceWorld, free_port, serving
 
-from hashdist.errors import InvalidInput
-from hashdist.images import BadImage, decode
+from hashdist.collection.decode import BadImage, decode
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.settings import ServiceSettings
 from hashdist.service.api import Backend, EncodedImage, make_app
 from hashdist.service.batching import Batches
 from hashdist.service.serving import Serving
-from hashdist.settings import ServiceSettings
 
 _SETTINGS: dict[str, Any] = {"images_per_s": 10_000.0}
 

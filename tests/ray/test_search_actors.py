@@ -13,17 +13,17 @@ import pytest
 import ray
 from numpy.typing import NDArray
 
-from hashdist.bits import pack
-from hashdist.errors import InvalidInput, NotFound
-from hashdist.ids import image_ids
+from hashdist.ground.bits import pack
+from hashdist.ground.errors import InvalidInput, NotFound
+from hashdist.ground.ids import image_ids
+from hashdist.ground.schema import to_vectors, vector_schema
+from hashdist.ground.settings import EvaluateSettings, IndexSettings, Settings
 from hashdist.index import Index, create_index, open_index
-from hashdist.index.engines import Faiss, MultiHash
-from hashdist.index.filters import column, keys
-from hashdist.schema import to_vectors, vector_schema
-from hashdist.settings import EvaluateSettings, IndexSettings, Settings
+from hashdist.index.search.engines import Faiss, MultiHash
+from hashdist.index.search.filters import column, keys
 from hashdist.stages import evaluate
 from hashdist.stages import index as stage
-from hashdist.stages.search import Actors, SpreadIndex, place
+from hashdist.stages.cluster.peers import Actors, SpreadIndex, place
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, digest, write_table
 

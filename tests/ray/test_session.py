@@ -6,8 +6,8 @@ import pytest
 import ray
 from processes import LOOPBACK, descendants, listening
 
-from hashdist import distributed
-from hashdist.settings import ClusterSettings
+from hashdist.ground.settings import ClusterSettings
+from hashdist.stages.cluster import session
 
 
 def test_it_listens_on_the_loopback_only(ray_session: None) -> None:
@@ -30,10 +30,10 @@ def test_a_start_that_took_too_long_is_made_again_and_any_other_error_raised(mon
         if what := next(said):
             raise RuntimeError(what)
 
-    monkeypatch.setattr(distributed.ray, "init", init)
-    monkeypatch.setattr(distributed.ray, "shutdown", lambda: None)
-    distributed._start(ClusterSettings(cpus=5), "folder")
+    monkeypatch.setattr(session.ray, "init", init)
+    monkeypatch.setattr(session.ray, "shutdown", lambda: None)
+    session._start(ClusterSettings(cpus=5), "folder")
     assert [one["num_cpus"] for one in started] == [5, 5, 5]
     with pytest.raises(RuntimeError, match="no"):
-        distributed._start(ClusterSettings(), "folder")
+        session._start(ClusterSettings(), "folder")
     assert len(started) == 4

@@ -17,15 +17,15 @@ import pytest
 import ray
 from PIL import Image
 
-from hashdist import trainer
-from hashdist.errors import Conflict, InvalidInput
-from hashdist.model import load_model
-from hashdist.schema import from_vectors
-from hashdist.settings import CollectionSettings, FeatureSettings, PreprocessSettings, Settings, TrainSettings
-from hashdist.snapshots import read_vectors
+from hashdist.ground.errors import Conflict, InvalidInput
+from hashdist.ground.schema import from_vectors
+from hashdist.ground.settings import CollectionSettings, FeatureSettings, PreprocessSettings, Settings, TrainSettings
+from hashdist.models.model import load_model
 from hashdist.stages import collection, encode, features, train
+from hashdist.stages.cluster import workers as ray_workers
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, Log, Version, open_artefact, read_table, write_table
+from hashdist.store.vectors import read_vectors
 
 EPOCHS = 8
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -284,8 +284,8 @@ def test_images_without_labels_cannot_train_a_supervised_method(
 
 
 def test_ranks_talk_over_the_interface_of_their_node() -> None:
-    assert trainer._interface("127.0.0.1") == ("lo" if sys.platform == "linux" else None)
-    assert trainer._interface("203.0.113.9") is None
+    assert ray_workers._interface("127.0.0.1") == ("lo" if sys.platform == "linux" else None)
+    assert ray_workers._interface("203.0.113.9") is None
 
 
 def test_ranks_that_do_not_leave_are_not_waited_for(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,8 +296,8 @@ def test_ranks_that_do_not_leave_are_not_waited_for(ray_session: None, monkeypat
         def execute_async(self, leave: Callable[[], None]) -> list[Any]:
             return list(self)
 
-    monkeypatch.setattr(trainer, "_LEAVE_S", 0.2)
-    group = trainer.GlooConfig()
+    monkeypatch.setattr(ray_workers, "_LEAVE_S", 0.2)
+    group = ray_workers.GlooConfig()
     group.backend_cls().on_shutdown(Stuck(asleep), group)
     assert ray.wait(asleep, num_returns=2, timeout=0)[0] == []
     for reference in asleep:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from hashdist.errors import NotFound, OutcomeUnknown, Unavailable
+from hashdist.ground.errors import NotFound, OutcomeUnknown, Unavailable
 from hashdist.store import Store, commit, open_store
 from hashdist.store.base import Contended, Exists
 from hashdist.store.commit import Artefact, CommitLost, Log, read_file, write_file

@@ -20,8 +20,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from index_world import BITS, Contents, Effect, IndexWorld, Operation, codes_of, contents, unchanged, without
 from numpy.typing import NDArray
 
-from hashdist.errors import Corrupt, NotFound, OutcomeUnknown
-from hashdist.index import Index, compaction, create_index, erasure, promotion, retention
+from hashdist.ground.errors import Corrupt, NotFound, OutcomeUnknown
+from hashdist.index import Index, create_index, promotion
+from hashdist.index.upkeep import compaction, erasure, retention
 from hashdist.index.view import View
 from hashdist.store import Store, commit, open_store
 from hashdist.store.base import Contended, Exists
@@ -30,7 +31,7 @@ from hashdist.store.base import Contended, Exists
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "_pause_s", lambda attempt: 0.0)
-    monkeypatch.setattr("hashdist.index.searcher.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("hashdist.index.index.time.sleep", lambda seconds: None)
 
 
 # Operations and what they do to the contents

@@ -18,11 +18,19 @@ from safetensors import torch as safetensors
 from sklearn.datasets import load_digits
 from torch import nn
 
-from hashdist import backbones, networks
-from hashdist.backbones import build_backbone, check_images, cut_batch, fold_batch_norm, has_float16, largest_activation
-from hashdist.errors import InvalidInput, NotFound, Unavailable
-from hashdist.images import decode
-from hashdist.networks import (
+from hashdist.collection.decode import decode
+from hashdist.ground.errors import InvalidInput, NotFound, Unavailable
+from hashdist.ground.settings import FeatureSettings, PreprocessSettings
+from hashdist.models import backbones, networks
+from hashdist.models.backbones import (
+    build_backbone,
+    check_images,
+    cut_batch,
+    fold_batch_norm,
+    has_float16,
+    largest_activation,
+)
+from hashdist.models.networks import (
     network,
     open_network,
     read_weights,
@@ -32,7 +40,6 @@ from hashdist.networks import (
     weights_digest,
     weights_identity,
 )
-from hashdist.settings import FeatureSettings, PreprocessSettings
 
 SMALL = FeatureSettings(backbone="mobilenet_v2", weights="random", preprocess=PreprocessSettings(size=32), batch=16)
 

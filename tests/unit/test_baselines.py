@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from hashdist.bits import hamming, pack
-from hashdist.errors import InvalidInput
+from hashdist.ground.bits import hamming, pack
+from hashdist.ground.errors import InvalidInput
 from hashdist.methods import itq, lsh
-from hashdist.principal import principal_directions
+from hashdist.methods.parts.principal import principal_directions
 
 
 def clusters(n: int = 600, width: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

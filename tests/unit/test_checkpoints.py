@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hashdist.checkpoints import KEPT, Checkpoints, agree_on_newest, finite, load_state
-from hashdist.communicator import SingleProcess
-from hashdist.errors import Conflict, Corrupt
+from hashdist.ground.errors import Conflict, Corrupt
+from hashdist.methods.parts.communicator import SingleProcess
+from hashdist.models.checkpoints import KEPT, Checkpoints, agree_on_newest, finite, load_state
+from hashdist.models.training import Checkpoint
 from hashdist.store import open_store
 from hashdist.store.commit import Log, write_file
-from hashdist.training import Checkpoint
 
 ABOUT = {"model": "m", "attempt": "first", "world_size": 1}
 

@@ -5,9 +5,9 @@ import pytest
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.svm import LinearSVC
 
-from hashdist import bits
-from hashdist.classification import COSTS, Part, classify
-from hashdist.errors import InvalidInput
+from hashdist.evaluation.classification import COSTS, Part, classify
+from hashdist.ground import bits
+from hashdist.ground.errors import InvalidInput
 
 
 def noisy_codes(n: int, flips: float, seed: int, classes: int = 5, length: int = 32) -> Part:

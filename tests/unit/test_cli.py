@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hashdist import cli
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
 
 
 def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:

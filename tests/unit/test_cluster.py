@@ -29,7 +29,7 @@ from packaging.utils import canonicalize_name
 from processes import listening
 
 from hashdist import __version__, cli
-from hashdist.errors import HashdistError
+from hashdist.ground.errors import HashdistError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLUSTER = REPOSITORY / "cluster"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hashdist.cnnf import CnnF
-from hashdist.errors import InvalidInput
-from hashdist.networks import known_taps, network, open_network, weights_identity
-from hashdist.settings import FeatureSettings
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.settings import FeatureSettings
+from hashdist.models.cnnf import CnnF
+from hashdist.models.networks import known_taps, network, open_network, weights_identity
 
 RANDOM = FeatureSettings(backbone="cnnf", weights="random", precision="float32")
 

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Picture
 
-from hashdist import collections as tested
-from hashdist import sources
-from hashdist.collections import Collection, Image, list_collection, subset
-from hashdist.errors import InvalidInput
-from hashdist.ids import image_id
-from hashdist.schema import LISTING, OK
-from hashdist.settings import CollectionSettings
-from hashdist.sources import content_digest
+from hashdist.collection import collection as tested
+from hashdist.collection.collection import Collection, Image, list_collection, subset
+from hashdist.collection.readers import reader
+from hashdist.collection.readers.reader import content_digest
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ids import image_id
+from hashdist.ground.schema import LISTING, OK
+from hashdist.ground.settings import CollectionSettings
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, read_table
 
@@ -183,8 +183,8 @@ def test_colliding_ids_get_salts_everywhere(
 
     monkeypatch.setattr(tested, "image_id", few_ids)
     monkeypatch.setattr(tested, "image_ids", many)
-    monkeypatch.setattr(sources, "image_id", few_ids)
-    monkeypatch.setattr("hashdist.ids.image_id", few_ids)
+    monkeypatch.setattr(reader, "image_id", few_ids)
+    monkeypatch.setattr("hashdist.ground.ids.image_id", few_ids)
     uri = WRITERS[form](tmp_path / "in", images)
     target = commit(str(tmp_path / "root"), CollectionSettings(uri=uri, part_rows=4))
     salts = target.manifest()["salts"]
@@ -501,12 +501,12 @@ def test_a_truncated_tar_is_named(images: dict[str, tuple[bytes, str]], tmp_path
 
 def test_neighbouring_images_are_read_together() -> None:
     megabyte = 1 << 20
-    assert sources._together([0], [5]) == [(0, 0)]
-    assert sources._together([0, 10, 20], [5, 5, 5]) == [(0, 2)]
-    assert sources._together([0, 10, 10 * megabyte], [5, 5, 5]) == [(0, 1), (2, 2)]
+    assert reader._together([0], [5]) == [(0, 0)]
+    assert reader._together([0, 10, 20], [5, 5, 5]) == [(0, 2)]
+    assert reader._together([0, 10, 10 * megabyte], [5, 5, 5]) == [(0, 1), (2, 2)]
     many = [index * megabyte for index in range(20)]
-    assert sources._together(many, [megabyte] * 20) == [(0, 7), (8, 15), (16, 19)]
-    assert sources._together([0, 99 * megabyte], [99 * megabyte, 3]) == [(0, 0), (1, 1)]
+    assert reader._together(many, [megabyte] * 20) == [(0, 7), (8, 15), (16, 19)]
+    assert reader._together([0, 99 * megabyte], [99 * megabyte, 3]) == [(0, 0), (1, 1)]
 
 
 # Both stores

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from hashdist import cli
-from hashdist.compare import _check, _part, published, read_entries, table
-from hashdist.errors import InvalidInput
+from hashdist.commands.compare import _check, _part, published, read_entries, table
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.settings import CompareOptions
 from hashdist.methods.contract import known_methods
-from hashdist.settings import CompareOptions
 
 
 def test_methods_take_their_frozen_preset_in_frozen_mode_and_variants_their_own() -> None:

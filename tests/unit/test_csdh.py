@@ -12,11 +12,11 @@ from sklearn.metrics import log_loss
 from torch import Tensor
 from training_world import on_ranks, tiny_data
 
-from hashdist.communicator import SingleProcess
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ranges import rank_slice
 from hashdist.methods import csdh
 from hashdist.methods.contract import Batch, Place, TrainingData, method_settings
-from hashdist.order import rank_slice
+from hashdist.methods.parts.communicator import SingleProcess
 
 PAPER = csdh.PRESETS["paper"]
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hashdist.collections import list_collection
-from hashdist.datasets import convert, read_dataset
-from hashdist.errors import AlreadyExists, InvalidInput, NotFound
-from hashdist.settings import CollectionSettings
+from hashdist.collection.collection import list_collection
+from hashdist.evaluation.datasets import convert, read_dataset
+from hashdist.ground.errors import AlreadyExists, InvalidInput, NotFound
+from hashdist.ground.settings import CollectionSettings
 
 RNG = np.random.default_rng(0)
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from training_world import on_ranks, run, sparse, through_file, tiny_data, tiny_settings
 
-from hashdist.communicator import SingleProcess
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ranges import epoch_batches, rank_slice
 from hashdist.methods import ddh
 from hashdist.methods.contract import Batch, Place, TrainingData, method_settings
-from hashdist.order import epoch_batches, rank_slice
-from hashdist.training import Checkpoint
+from hashdist.methods.parts.communicator import SingleProcess
+from hashdist.models.training import Checkpoint
 
 PAPER = ddh.PRESETS["paper"]
 N, BITS = 40, 8

@@ -12,11 +12,11 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from training_world import deep, tiny_data
 
-from hashdist import centres, likelihood, straight_through
-from hashdist.communicator import SingleProcess
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
 from hashdist.methods import cnnh, dsdh, hashnet, mls3rduh, ssdh
 from hashdist.methods.contract import Batch, Place, method_settings
+from hashdist.methods.parts import centres, likelihood, straight_through
+from hashdist.methods.parts.communicator import SingleProcess
 
 N, L = 23, 16
 

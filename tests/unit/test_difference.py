@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashdist import difference as tested
-from hashdist import inventory
-from hashdist.difference import Spill, difference
-from hashdist.errors import InvalidInput, NotFound
-from hashdist.ids import image_ids
-from hashdist.index.seen import SEEN, last_of_each
-from hashdist.inventory import LISTED
+from hashdist.ground.errors import InvalidInput, NotFound
+from hashdist.ground.ids import image_ids
+from hashdist.index.notes import SEEN, last_of_each
+from hashdist.reindex import difference as tested
+from hashdist.reindex import inventory
+from hashdist.reindex.difference import Spill, difference
+from hashdist.reindex.inventory import LISTED
 from hashdist.store import Entry, open_store
 
 INDEXED = pa.schema(

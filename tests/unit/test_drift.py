@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hashdist import telemetry
-from hashdist.bits import hamming, pack, unpack
+from hashdist.evaluation.drift import FAR, LEAN, SHIFT, measure
+from hashdist.evaluation.probes import read_probes, smallest, write_probes
+from hashdist.ground import telemetry
+from hashdist.ground.bits import hamming, pack, unpack
 from hashdist.index import Index, create_index
-from hashdist.index.drift import FAR, LEAN, SHIFT, measure
-from hashdist.index.probes import read_probes, smallest, write_probes
 
 Codes = NDArray[np.uint8]
 BITS, WIDTH, KINDS = 64, 32, 8

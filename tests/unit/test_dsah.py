@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from training_world import on_ranks, sparse, tiny_data
 
-from hashdist.communicator import SingleProcess
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ranges import rank_slice
 from hashdist.methods import dsah
 from hashdist.methods.contract import Batch, Place, TrainingData, method_settings
-from hashdist.order import rank_slice
-from hashdist.pairs import unit
-from hashdist.similarity import ImplicitW, quantize
+from hashdist.methods.parts.communicator import SingleProcess
+from hashdist.methods.parts.pairs import unit
+from hashdist.methods.parts.similarity import ImplicitW, quantize
 
 PAPER = dsah.PRESETS["paper"]
 VARIANTS: dict[str, dict[str, Any]] = {

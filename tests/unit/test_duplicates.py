@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hashdist.bits import hamming
-from hashdist.index import duplicates
-from hashdist.index.duplicates import Block
+from hashdist.ground.bits import hamming
+from hashdist.nearest import joins
+from hashdist.nearest.joins import Block
 
 
 def clusters_of(ids: NDArray[np.int64], pairs: list[tuple[int, int]]) -> dict[int, int]:
@@ -30,8 +30,8 @@ def all_pairs(left: Block, right: Block, radius: int) -> list[tuple[int, int]]:
     ]
 
 
-def found(edges: duplicates.Edges) -> dict[int, int]:
-    ids, clusters = duplicates.components(edges)
+def found(edges: joins.Edges) -> dict[int, int]:
+    ids, clusters = joins.components(edges)
     return dict(zip(ids.tolist(), clusters.tolist(), strict=True))
 
 
@@ -55,7 +55,7 @@ def block(rng: np.random.Generator, n: int, width: int, varied_bits: int, first:
 def test_clusters_are_those_of_all_pairs(seed: int, n: int, width: int, varied: int, radius: int) -> None:
     rng = np.random.default_rng(seed)
     rows = block(rng, n, width, min(varied, width * 8))
-    edges = duplicates.within(rows, radius)
+    edges = joins.within(rows, radius)
     assert found(edges) == clusters_of(rows.ids, all_pairs(rows, rows, radius))
     assert len(edges) < max(n, 1)
 
@@ -70,10 +70,10 @@ def test_two_blocks_are_joined_across_and_the_same_row_may_be_in_both(
     parts = np.sort(rng.integers(0, 61, 2))
     left = Block(rows.ids[: parts[1]], rows.codes[: parts[1]])
     right = Block(rows.ids[parts[0] :], rows.codes[parts[0] :])
-    three = [duplicates.within(left, radius), duplicates.within(right, radius)]
-    three.append(duplicates.between(left, right, radius))
+    three = [joins.within(left, radius), joins.within(right, radius)]
+    three.append(joins.between(left, right, radius))
     assert found(np.concatenate(three)) == clusters_of(rows.ids, all_pairs(rows, rows, radius))
-    across = duplicates.between(left, right, radius)
+    across = joins.between(left, right, radius)
     near = {tuple(sorted(pair)) for pair in all_pairs(left, right, radius)}
     assert {tuple(sorted(edge)) for edge in across.tolist()} <= near
 
@@ -81,7 +81,7 @@ def test_two_blocks_are_joined_across_and_the_same_row_may_be_in_both(
 @pytest.mark.parametrize(("radius", "width"), [(0, 8), (1, 8), (2, 8), (3, 8), (3, 16), (5, 4)])
 def test_buckets_find_what_all_pairs_find(radius: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorts that cost little, so that buckets pay; near-duplicates planted among random codes."""
-    monkeypatch.setattr(duplicates, "_SORT_NS", 10.0)
+    monkeypatch.setattr(joins, "_SORT_NS", 10.0)
     rng = np.random.default_rng(radius)
     codes = rng.integers(0, 256, (4000, width), dtype=np.uint8)
     bits = np.unpackbits(codes[:800], axis=1)
@@ -89,8 +89,8 @@ def test_buckets_find_what_all_pairs_find(radius: int, width: int, monkeypatch: 
         bits[row, rng.permutation(width * 8)[:count]] ^= 1
     rows = Block(np.arange(4800) * 3, np.concatenate([codes, np.packbits(bits, axis=1)]))
     if radius <= 3 and radius:
-        assert len(duplicates._masks(duplicates._words(rows.codes), None, radius)) > 1
-    assert found(duplicates.within(rows, radius)) == clusters_of(rows.ids, all_pairs(rows, rows, radius))
+        assert len(joins._masks(joins._words(rows.codes), None, radius)) > 1
+    assert found(joins.within(rows, radius)) == clusters_of(rows.ids, all_pairs(rows, rows, radius))
 
 
 @pytest.mark.parametrize("few", [0, 1, 300])
@@ -102,17 +102,17 @@ def test_a_few_rows_are_joined_with_many(few: int) -> None:
     rows = Block(np.arange(5000) * 2 - 3000, codes)
     left, right = Block(rows.ids[:few], codes[:few]), Block(rows.ids[few // 2 :], codes[few // 2 :])
     expected = clusters_of(rows.ids, [pair for pair in all_pairs(left, right, 2) if pair[0] != pair[1]])
-    for across in (duplicates.between(left, right, 2), duplicates.between(right, left, 2)):
-        joined = np.concatenate([across, duplicates.within(right, 0), duplicates.within(left, 0)])
+    for across in (joins.between(left, right, 2), joins.between(right, left, 2)):
+        joined = np.concatenate([across, joins.within(right, 0), joins.within(left, 0)])
         same = [pair for side in (left, right) for pair in all_pairs(side, side, 0)]
         assert found(joined) == clusters_of(rows.ids, [*expected.items(), *same])
 
 
 def test_masks_cover_every_way_to_differ() -> None:
     rng = np.random.default_rng(0)
-    words = duplicates._words(rng.integers(0, 256, (2_000_000 // 100, 8), dtype=np.uint8))
+    words = joins._words(rng.integers(0, 256, (2_000_000 // 100, 8), dtype=np.uint8))
     for radius in (1, 2, 3):
-        masks = duplicates._masks(words, None, radius)
+        masks = joins._masks(words, None, radius)
         for _ in range(300):
             different = np.bitwise_or.reduce(np.uint64(1) << rng.permutation(64)[:radius].astype(np.uint64))
             assert any(not mask[0] & different for mask in masks)
@@ -121,12 +121,12 @@ def test_masks_cover_every_way_to_differ() -> None:
 @pytest.mark.parametrize("kinds", [1, 3])
 def test_many_equal_codes_cost_no_more_than_others(kinds: int) -> None:
     codes = np.random.default_rng(0).integers(0, 256, (kinds, 8), dtype=np.uint8)[np.arange(100_000) % kinds]
-    edges = duplicates.within(Block(np.arange(100_000), codes), 2)
-    ids, clusters = duplicates.components(edges)
+    edges = joins.within(Block(np.arange(100_000), codes), 2)
+    ids, clusters = joins.components(edges)
     assert len(edges) == 100_000 - kinds
     assert len(ids) == 100_000
     np.testing.assert_array_equal(np.unique(clusters), np.arange(kinds))
-    across = duplicates.between(Block(np.arange(50_000), codes[:50_000]), Block(np.arange(9, 100_000), codes[9:]), 2)
+    across = joins.between(Block(np.arange(50_000), codes[:50_000]), Block(np.arange(9, 100_000), codes[9:]), 2)
     assert len(across) <= kinds
 
 
@@ -136,14 +136,14 @@ def test_no_rows_and_one_row() -> None:
         Block(np.array([5]), np.zeros((1, 8), np.uint8)),
     )
     for radius in (0, 3):
-        assert len(duplicates.within(none, radius)) == len(duplicates.within(one, radius)) == 0
-        assert len(duplicates.between(one, none, radius)) == len(duplicates.between(none, none, radius)) == 0
-    assert [len(part) for part in duplicates.components(duplicates.no_edges())] == [0, 0]
+        assert len(joins.within(none, radius)) == len(joins.within(one, radius)) == 0
+        assert len(joins.between(one, none, radius)) == len(joins.between(none, none, radius)) == 0
+    assert [len(part) for part in joins.components(joins.no_edges())] == [0, 0]
 
 
 def test_stars_give_the_clusters_back() -> None:
     edges = np.array([[9, 4], [4, 7], [1, 2], [-3, 2]])
-    ids, clusters = duplicates.components(edges)
+    ids, clusters = joins.components(edges)
     assert (ids.tolist(), clusters.tolist()) == ([-3, 1, 2, 4, 7, 9], [-3, -3, -3, 4, 4, 4])
-    again = duplicates.components(duplicates.stars(ids, clusters))
+    again = joins.components(joins.stars(ids, clusters))
     np.testing.assert_array_equal(again, (ids, clusters))

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_rgba
 from scipy.stats import entropy
 
-from hashdist import figures
+from hashdist.evaluation import figures
 
 
 def test_map_over_bits_draws_means_and_spread_over_seeds() -> None:

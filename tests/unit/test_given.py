@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hashdist import given
-from hashdist.errors import InvalidInput
-from hashdist.ids import image_ids
-from hashdist.schema import from_vectors, to_vectors
+from hashdist.collection import vectors as own_vectors
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ids import image_ids
+from hashdist.ground.schema import from_vectors, to_vectors
 
 N, D = 37, 6
 KEYS = [f"photo/{i:03d}.jpg" for i in range(N)]
@@ -40,8 +40,8 @@ def write(path: Path, vectors: np.ndarray, kind: str = "list", name: str = "feat
 
 
 def read(folder: Path) -> pa.Table:
-    planned = given.plan(given.list_source(str(folder)))
-    return pa.concat_tables([given.table(planned, part) for part in range(len(planned.chunks))])
+    planned = own_vectors.plan(own_vectors.list_source(str(folder)))
+    return pa.concat_tables([own_vectors.table(planned, part) for part in range(len(planned.chunks))])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_parquet(tmp_path: Path, vectors: np.ndarray, kind: str, name: str) -> N
 def test_clip_retrieval_layout(
     tmp_path: Path, vectors: np.ndarray, dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(given, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(own_vectors, "CHUNK_ROWS", 8)
     (tmp_path / "img_emb").mkdir()
     (tmp_path / "metadata").mkdir()
     (tmp_path / "text_emb").mkdir()
@@ -82,7 +82,7 @@ def test_clip_retrieval_layout(
 
 @pytest.mark.parametrize("rows", [1, 7, 10, 11, 36, 37, 50])
 def test_chunks_cover_every_row_once(tmp_path: Path, vectors: np.ndarray, rows: int, monkeypatch) -> None:
-    monkeypatch.setattr(given, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(own_vectors, "CHUNK_ROWS", rows)
     write(tmp_path / "a.parquet", vectors)
     table = read(tmp_path)
     assert table["key"].to_pylist() == KEYS
@@ -119,19 +119,19 @@ class TestRefused:
     def test_nothing_there(self, tmp_path: Path) -> None:
         (tmp_path / "readme.txt").write_text("x")
         with pytest.raises(InvalidInput, match=r"readme\.txt"):
-            given.list_source(str(tmp_path))
+            own_vectors.list_source(str(tmp_path))
 
     def test_two_rows_with_one_key(self, tmp_path: Path, vectors: np.ndarray) -> None:
         write(tmp_path / "a.parquet", vectors)
         write(tmp_path / "b.parquet", vectors[:1], keys=KEYS[8:9])
         with pytest.raises(InvalidInput, match=r"photo/008\.jpg"):
-            given.plan(given.list_source(str(tmp_path)))
+            own_vectors.plan(own_vectors.list_source(str(tmp_path)))
 
     def test_two_widths(self, tmp_path: Path, vectors: np.ndarray) -> None:
         write(tmp_path / "a.parquet", vectors)
         write(tmp_path / "b.parquet", vectors[:1, :3], keys=["other"])
         with pytest.raises(InvalidInput, match=r"one width, found \[3, 6\]"):
-            given.plan(given.list_source(str(tmp_path)))
+            own_vectors.plan(own_vectors.list_source(str(tmp_path)))
 
     def test_a_short_vector_among_long_ones(self, tmp_path: Path, vectors: np.ndarray) -> None:
         rows = [row[:2] if i == 30 else row for i, row in enumerate(vectors)]
@@ -156,27 +156,27 @@ class TestRefused:
     def test_columns_that_do_not_fit(self, tmp_path: Path, table: dict[str, object], message: str) -> None:
         pq.write_table(pa.table(table), tmp_path / "a.parquet")
         with pytest.raises(InvalidInput, match=message):
-            given.plan(given.list_source(str(tmp_path)))
+            own_vectors.plan(own_vectors.list_source(str(tmp_path)))
 
     def test_an_array_without_its_keys_or_with_other_rows(self, tmp_path: Path, vectors: np.ndarray) -> None:
         (tmp_path / "img_emb").mkdir()
         (tmp_path / "metadata").mkdir()
         np.save(tmp_path / "img_emb" / "img_emb_0000.npy", vectors)
         with pytest.raises(InvalidInput, match=r"metadata/metadata_0000\.parquet"):
-            given.list_source(str(tmp_path))
+            own_vectors.list_source(str(tmp_path))
         pq.write_table(pa.table({"key": KEYS[:5]}), tmp_path / "metadata" / "metadata_0000.parquet")
         with pytest.raises(InvalidInput, match=r"shape \[5, D\]"):
-            given.plan(given.list_source(str(tmp_path)))
+            own_vectors.plan(own_vectors.list_source(str(tmp_path)))
 
     def test_a_file_that_is_no_parquet(self, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
         with pytest.raises(InvalidInput, match="must be a parquet file"):
-            given.plan(given.list_source(str(tmp_path)))
+            own_vectors.plan(own_vectors.list_source(str(tmp_path)))
 
 
 def test_a_source_is_known_by_its_files(tmp_path: Path, vectors: np.ndarray) -> None:
     write(tmp_path / "a.parquet", vectors)
-    first = given.list_source(str(tmp_path)).digest
-    assert given.list_source(str(tmp_path)).digest == first
+    first = own_vectors.list_source(str(tmp_path)).digest
+    assert own_vectors.list_source(str(tmp_path)).digest == first
     write(tmp_path / "b.parquet", vectors, keys=[f"b{i}" for i in range(N)])
-    assert given.list_source(str(tmp_path)).digest != first
+    assert own_vectors.list_source(str(tmp_path)).digest != first

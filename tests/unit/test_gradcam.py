@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hashdist.errors import InvalidInput
-from hashdist.gradcam import grad_cam
-from hashdist.networks import Network, Preprocess, open_network
-from hashdist.settings import FeatureSettings, PreprocessSettings
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.settings import FeatureSettings, PreprocessSettings
+from hashdist.models.gradcam import grad_cam
+from hashdist.models.networks import Network, Preprocess, open_network
 
 SIDE = 6
 PREPROCESS = Preprocess(SIDE, 0, [0.0] * 3, [1.0] * 3, False, "bilinear")

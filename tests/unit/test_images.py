@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from hashdist.images import EXTENSIONS, BadImage, decode
+from hashdist.collection.decode import EXTENSIONS, BadImage, decode
 
 
 def encode(image: Image.Image, form: str, **options: Any) -> bytes:

@@ -1,5 +1,6 @@
 """`import hashdist` and a local search are light: neither torch nor Ray, nor faiss, is loaded."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,12 +52,11 @@ def test_a_search_works_where_no_cache_folder_can_be_written(tmp_path: Path) -> 
     """numba refuses to cache when it finds no writable folder; the kernels are then compiled anew."""
     package = Path(__file__).resolve().parents[2] / "hashdist"
     copy = tmp_path / "site" / "hashdist"
-    copy.mkdir(parents=True)
-    for name in ("__init__.py", "scan.py", "errors.py", "order.py"):
-        (copy / name).write_bytes((package / name).read_bytes())
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
     blocked = tmp_path / "blocked"
     blocked.touch()  # a file where a folder would have to be made: not writable even for root
-    (copy / "__pycache__").touch()
+    for folder in {path.parent for path in copy.rglob("*.py")}:
+        (folder / "__pycache__").touch()
     environment = {
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": str(tmp_path / "site"),

@@ -23,8 +23,8 @@ from manifests import CRDS, ROOT, SUBSET, check, crd, templates
 
 import hashdist
 from hashdist import cli
-from hashdist.settings import Settings
-from hashdist.telemetry import DECLARED
+from hashdist.ground.settings import Settings
+from hashdist.ground.telemetry import DECLARED
 
 K8S = ROOT / "k8s"
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "submit_rayjob")

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import torch as safetensors
 
-from hashdist.backbones import build_backbone
-from hashdist.bits import unpack
-from hashdist.errors import Corrupt, InvalidInput, NotFound
+from hashdist.ground.bits import unpack
+from hashdist.ground.errors import Corrupt, InvalidInput, NotFound
+from hashdist.ground.settings import FeatureSettings
 from hashdist.methods.contract import find_method, method_settings
-from hashdist.model import HEAD_BATCH, Model, check_features, describe, load_model, pixels
-from hashdist.settings import FeatureSettings
+from hashdist.models.backbones import build_backbone
+from hashdist.models.model import HEAD_BATCH, Model, check_features, describe, load_model, pixels
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, create_record, write_file
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from hashdist import neighbours
-from hashdist.errors import InvalidInput
-from hashdist.neighbours import (
+from hashdist.ground.errors import InvalidInput
+from hashdist.nearest import cosine
+from hashdist.nearest.cosine import (
     Sparse,
     initial_similarity,
     inverted_lists,
@@ -173,8 +173,8 @@ def test_scores_stay_within_the_stated_error() -> None:
         assert score_error(width) < 3e-5
         growing = np.sort(rng.random((200, width)).astype(np.float32), axis=1)
         for features_ND in (growing, like_features(200, width), rng.standard_normal((200, width)).astype(np.float32)):
-            base = neighbours._Base.of(features_ND, 1)
-            search = neighbours._Search(base, base, 200, 10, 1, 256)
+            base = cosine._Base.of(features_ND, 1)
+            search = cosine._Search(base, base, 200, 10, 1, 256)
             units = base.units(0, 200)
             scores = search._product(units, units)
             assert np.abs(scores - cosines(features_ND, features_ND)).max() < score_error(width)
@@ -217,7 +217,7 @@ def test_refusals() -> None:
 
 def test_kernels_work_where_nothing_can_be_cached(tmp_path: Path) -> None:
     """An installation that cannot be written to, by a user without a home."""
-    root = Path(neighbours.__file__).parents[1]
+    root = Path(cosine.__file__).parents[2]
     code = (
         "import numba.core.caching as c\n"
         "c.CacheImpl._locator_classes = []\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hashdist import telemetry
 from hashdist.cli import COMMANDS, _split, parse
-from hashdist.settings import ServiceSettings
+from hashdist.ground import telemetry
+from hashdist.ground.settings import ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = {name: (ROOT / "docs" / name).read_text() for name in ("operate.md", "security.md")}

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from training_world import on_ranks
 
-from hashdist.communicator import SingleProcess
-from hashdist.errors import InvalidInput
-from hashdist.order import rank_slice
-from hashdist.pairs import NORM_FLOOR, FlatGradients, all_rows, signs, sum_over_ranks, unit, with_own_rows
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ranges import rank_slice
+from hashdist.methods.parts.communicator import SingleProcess
+from hashdist.methods.parts.pairs import NORM_FLOOR, FlatGradients, all_rows, signs, sum_over_ranks, unit, with_own_rows
 
 
 def test_unit_has_length_one_and_the_right_gradient() -> None:

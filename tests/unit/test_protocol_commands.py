@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from hashdist import cli
-from hashdist.errors import InvalidInput
-from hashdist.ids import image_ids
-from hashdist.protocols import read_protocol, split
-from hashdist.schema import to_vectors, vector_schema
-from hashdist.settings import EvaluateSettings, GraphSettings, Settings
+from hashdist.evaluation.protocols import read_protocol, split
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ids import image_ids
+from hashdist.ground.schema import to_vectors, vector_schema
+from hashdist.ground.settings import EvaluateSettings, GraphSettings, Settings
 from hashdist.stages import evaluate, graph
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, write_table

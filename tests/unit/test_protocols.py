@@ -13,9 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hashdist.errors import AlreadyExists, InvalidInput, NotFound
-from hashdist.ids import image_ids
-from hashdist.protocols import (
+from hashdist.evaluation.protocols import (
     _METADATA,
     _PROTOCOLS,
     SETS,
@@ -32,6 +30,8 @@ from hashdist.protocols import (
     split_rows,
     write_protocol,
 )
+from hashdist.ground.errors import AlreadyExists, InvalidInput, NotFound
+from hashdist.ground.ids import image_ids
 from hashdist.store.local import LocalStore
 
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hashdist import scan
-from hashdist.index import create_index, open_index, radius
+from hashdist.index import create_index, open_index
+from hashdist.index.search import tables as bucket_tables
+from hashdist.nearest import scan
 
 Codes = NDArray[np.uint8]
 
@@ -18,9 +19,9 @@ Codes = NDArray[np.uint8]
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """So that a few hundred rows have tables, whatever a lookup costs."""
-    monkeypatch.setattr(radius, "_FEWEST_ROWS", 1)
-    monkeypatch.setattr(radius, "_PROBING", 1e9)
-    monkeypatch.setattr(radius, "_GAIN", 1e9)
+    monkeypatch.setattr(bucket_tables, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(bucket_tables, "_PROBING", 1e9)
+    monkeypatch.setattr(bucket_tables, "_GAIN", 1e9)
     monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
 
 
@@ -47,8 +48,8 @@ def parts_of(rng: np.random.Generator, codes: Codes, sizes: list[int], dead: flo
 
 
 def check(parts: list[scan.Part], ids: NDArray, codes: Codes, asked: Codes, reach: int, threads: int) -> int:
-    tables = [radius.build(part.codes_NW) for part in parts]
-    got = radius.within_of(parts, tables, asked, reach, threads=threads)
+    tables = [bucket_tables.build(part.codes_NW) for part in parts]
+    got = bucket_tables.within_of(parts, tables, asked, reach, threads=threads)
     live = np.flatnonzero(ids >= 0)
     for q, query in enumerate(asked):
         distances = np.bitwise_count(codes[live] ^ query).sum(1, dtype=np.int64)
@@ -92,7 +93,7 @@ def test_every_radius(width: int) -> None:
 
 
 def test_lookups_are_spread_over_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(radius, "_QUERIES_PER_TASK", 3)
+    monkeypatch.setattr(bucket_tables, "_QUERIES_PER_TASK", 3)
     rng = np.random.default_rng(0)
     codes = clustered(rng, 500, 8, 20, 4)
     parts, ids = parts_of(rng, codes, [200, 300], 0.1)
@@ -101,19 +102,19 @@ def test_lookups_are_spread_over_threads(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_query_in_a_heap_is_left_to_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where buckets hold too many rows, none of them is looked at; other queries of the call use the tables."""
-    monkeypatch.setattr(radius, "_PROBING", 0.1)
-    monkeypatch.setattr(radius, "_GAIN", 0.8)
+    monkeypatch.setattr(bucket_tables, "_PROBING", 0.1)
+    monkeypatch.setattr(bucket_tables, "_GAIN", 0.8)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (60_000, 8), dtype=np.uint8)
     codes[:30_000] = codes[0]
-    part, tables = scan.Part(codes), radius.build(codes)
+    part, tables = scan.Part(codes), bucket_tables.build(codes)
     scanned: list[int] = []
     monkeypatch.setattr(scan, "within_of", _noting(scanned, scan.within_of))
     asked = codes[[0, 40_000, 50_000]]
-    got = radius.within_of([part], [tables], asked, 2)
+    got = bucket_tables.within_of([part], [tables], asked, 2)
     assert scanned == [1]
     assert np.diff(got.offsets).tolist() == [30_000, 1, 1]
-    radius.within_of([part], [tables], asked, 40)  # more flips than the scan costs
+    bucket_tables.within_of([part], [tables], asked, 40)  # more flips than the scan costs
     assert scanned == [1, 3]
 
 
@@ -126,10 +127,10 @@ def _noting(scanned: list[int], within_of):  # type: ignore[no-untyped-def]
 
 
 def test_tables_are_built_when_they_pay_and_kept_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(radius, "_BUILD_AFTER", 10)
+    monkeypatch.setattr(bucket_tables, "_BUILD_AFTER", 10)
     built: list[int] = []
-    build = radius.build
-    monkeypatch.setattr(radius, "build", lambda codes: built.append(len(codes)) or build(codes))
+    build = bucket_tables.build
+    monkeypatch.setattr(bucket_tables, "build", lambda codes: built.append(len(codes)) or build(codes))
     codes = clustered(np.random.default_rng(0), 400, 8, 30, 3)
     index = create_index(str(tmp_path / "index"), 64)
     for start in (0, 200):
@@ -137,7 +138,7 @@ def test_tables_are_built_when_they_pay_and_kept_in_the_cache(monkeypatch: pytes
     index.delete(["7", "300"])
     wanted = open_index(index.uri).search_within(codes[:6], 2, tables="off")
 
-    def check(tables: radius.Use) -> None:
+    def check(tables: bucket_tables.Use) -> None:
         got = index.search_within(codes[:6], 2, tables=tables)
         np.testing.assert_array_equal(got.ids, wanted.ids)
         np.testing.assert_array_equal(got.offsets, wanted.offsets)

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from hashdist import ranking
-from hashdist.errors import InvalidInput
+from hashdist.evaluation import ranking
+from hashdist.ground.errors import InvalidInput
 
 Group = tuple[int, int]  # items, relevant items
 

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from safetensors import torch as safetensors
 
-from hashdist import report
-from hashdist.backbones import build_backbone
-from hashdist.bits import pack
-from hashdist.errors import InvalidInput
+from hashdist.commands import report
+from hashdist.ground.bits import pack
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.settings import FeatureSettings, PreprocessSettings
 from hashdist.methods.contract import deep_method, find_method, method_settings
-from hashdist.model import describe
-from hashdist.networks import open_network, state_bytes
-from hashdist.settings import FeatureSettings, PreprocessSettings
+from hashdist.models.backbones import build_backbone
+from hashdist.models.model import describe
+from hashdist.models.networks import open_network, state_bytes
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, write_file
 

@@ -10,11 +10,12 @@ import pytest
 from faults import FaultyStore
 
 from hashdist import cli
-from hashdist.errors import InvalidInput, NotFound
-from hashdist.index import Index, create_index, open_index, retention
+from hashdist.ground.errors import InvalidInput, NotFound
+from hashdist.ground.settings import TagOptions, VacuumOptions
+from hashdist.index import Index, create_index, open_index
 from hashdist.index.pins import store_time
-from hashdist.settings import TagOptions, VacuumOptions
-from hashdist.shards import parts
+from hashdist.index.shards.shard import parts
+from hashdist.index.upkeep import retention
 from hashdist.store import Store, check, commit, open_store
 from hashdist.store.base import Entry
 
@@ -189,7 +190,7 @@ def test_an_unfit_store_ends_with_2(run: Run, tmp_path: Path, monkeypatch: pytes
     def ignores(uri: str) -> Store:
         return Ignores(open_store(uri))
 
-    monkeypatch.setattr("hashdist.maintenance.open_store", ignores)
+    monkeypatch.setattr("hashdist.commands.index.open_store", ignores)
     monkeypatch.setattr(commit, "_pause_s", lambda attempt: 0.0)
     code, done = run("storage", "check", tmp_path / "store")
     assert (code, done["fit"], done["conditional_create"]) == (2, False, False)

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from training_world import on_ranks, tiny_data
 
-from hashdist.communicator import SingleProcess
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ranges import rank_slice
 from hashdist.methods import sadh
 from hashdist.methods.contract import Batch, Outputs, Place, TrainingData, method_settings
-from hashdist.order import rank_slice
+from hashdist.methods.parts.communicator import SingleProcess
 
 BITS, WIDTH, CLASSES = 8, 12, 5
 PAPER = replace(sadh.PRESETS["paper"], semantic=WIDTH, labnet_hidden=16)

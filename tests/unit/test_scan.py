@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hashdist import scan
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
+from hashdist.nearest import scan
 
 Codes = NDArray[np.uint8]
 FAR = 1 << 20

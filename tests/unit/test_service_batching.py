@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
 from hashdist.index import Index, create_index
 from hashdist.service.batching import Batches, Found
 

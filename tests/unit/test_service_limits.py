@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hashdist.errors import Corrupt, InvalidInput, Unavailable
-from hashdist.progress import plain
+from hashdist.ground.errors import Corrupt, InvalidInput, Unavailable
+from hashdist.ground.progress import plain
 from hashdist.service import limits
 from hashdist.service.api import shared
 from hashdist.service.limits import Border, Bucket

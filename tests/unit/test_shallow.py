@@ -12,10 +12,10 @@ from scipy.stats import norm
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
-from hashdist.anchors import k_means, sampled, squared_distances
-from hashdist.errors import InvalidInput
+from hashdist.ground.errors import InvalidInput
 from hashdist.methods import agh, isoh, itq, kmh, pcah, sgh, sh, sp, sphh
-from hashdist.projection import signs
+from hashdist.methods.parts.anchors import k_means, sampled, squared_distances
+from hashdist.methods.parts.projections import signs
 
 
 def cloud(n: int = 500, width: int = 24, seed: int = 0, dtype: type = np.float32) -> np.ndarray:

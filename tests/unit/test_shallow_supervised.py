@@ -9,8 +9,8 @@ from scipy.optimize import check_grad
 from sklearn.linear_model import Ridge
 from threadpoolctl import threadpool_limits
 
-from hashdist.bits import hamming, pack
-from hashdist.errors import InvalidInput
+from hashdist.ground.bits import hamming, pack
+from hashdist.ground.errors import InvalidInput
 from hashdist.methods import ksh, lfh, rsdh, sdh, splh
 from hashdist.methods.contract import fit_shallow
 

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from hashdist import cache
-from hashdist import ids as ids_module
-from hashdist.errors import Corrupt, InvalidInput
-from hashdist.index import create_index, open_index, searcher
-from hashdist.shards import Rows, Shard, files, packed, parts, write_shard
-from hashdist.store import open_store
+from hashdist.ground import ids as ids_module
+from hashdist.ground.errors import Corrupt, InvalidInput
+from hashdist.index import create_index, open_index
+from hashdist.index import index as index_module
+from hashdist.index.shards.shard import Rows, Shard, files, packed, parts, write_shard
+from hashdist.store import cache, open_store
 
 
 def rows_of(n: int) -> Rows:
@@ -79,7 +79,7 @@ def test_bad_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_large_appends_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searcher, "SHARD_ROWS", 40)
+    monkeypatch.setattr(index_module, "SHARD_ROWS", 40)
     index = create_index(str(tmp_path), bits=8)
     codes = np.random.default_rng(0).integers(0, 256, (100, 1), dtype=np.uint8)
     index.append(codes, [f"k{i}" for i in range(100)], {"n": list(range(100))})
@@ -100,9 +100,9 @@ def test_publishing_replaces_everything_and_yields_to_others(tmp_path: Path) -> 
     about = {"bits": 16, "salts": {}, "model": "m", "model_uri": "u", "lineage": {"built_from": "c"}}
     assert index.publish([entry], **about) == 3  # type: ignore[arg-type]
     assert (index.bits, index.rows, sorted(index.keys())) == (16, 5, keys)
-    with pytest.raises(searcher.Conflict):
+    with pytest.raises(index_module.Conflict):
         late.publish([entry], **about)  # type: ignore[arg-type]
-    with pytest.raises(searcher.InvalidInput, match="8 bits"):
+    with pytest.raises(index_module.InvalidInput, match="8 bits"):
         open_index(str(tmp_path), version=2).search(np.zeros((1, 2), np.uint8), 1)
 
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from training_world import on_ranks, sparse
 
-from hashdist.communicator import Communicator, SingleProcess
-from hashdist.errors import InvalidInput
-from hashdist.order import permutation
-from hashdist.similarity import GRID, ROW_BLOCK, Agreement, ImplicitW, quantize
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ranges import permutation
+from hashdist.methods.parts.communicator import Communicator, SingleProcess
+from hashdist.methods.parts.similarity import GRID, ROW_BLOCK, Agreement, ImplicitW, quantize
 
 ALONE = SingleProcess()
 

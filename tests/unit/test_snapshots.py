@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from hashdist.errors import Corrupt, InvalidInput, NotFound
-from hashdist.prefetch import in_order
-from hashdist.schema import from_vectors, to_vectors, vector_schema
-from hashdist.snapshots import read_vectors, vectors
+from hashdist.ground.errors import Corrupt, InvalidInput, NotFound
+from hashdist.ground.schema import from_vectors, to_vectors, vector_schema
+from hashdist.ground.threads import in_order
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, write_table
+from hashdist.store.vectors import read_vectors, vectors
 
 WIDTH = 6
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hashdist import distributed, telemetry
-from hashdist.errors import InvalidInput, NotFound
-from hashdist.settings import MetricsSettings
-from hashdist.telemetry import DECLARED, Metric, NoSink, PrometheusSink, exported
+from hashdist.ground import telemetry
+from hashdist.ground.errors import InvalidInput, NotFound
+from hashdist.ground.settings import MetricsSettings
+from hashdist.ground.telemetry import DECLARED, Metric, NoSink, PrometheusSink, exported
+from hashdist.stages.cluster import session
 
 PROJECT = Path(__file__).resolve().parents[2]
 BY_VARIABLE = {name: value for name, value in vars(telemetry).items() if isinstance(value, Metric)}
@@ -86,12 +87,12 @@ def test_every_metric_has_one_row_of_the_table() -> None:
 
 def test_the_table_in_the_document_is_the_present_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = (PROJECT / "docs/metrics.md").read_text()
-    assert document == telemetry.replaced(document), "run `python -m hashdist.telemetry docs/metrics.md`"
+    assert document == telemetry.replaced(document), "run `python -m hashdist.ground.telemetry docs/metrics.md`"
     old = tmp_path / "old.md"
     old.write_text(document.replace("| `hashdist_index_rows` |", "| `hashdist_index_lines` |"))
     monkeypatch.setattr(sys, "argv", ["telemetry", str(old)])
-    monkeypatch.delitem(sys.modules, "hashdist.telemetry")
-    runpy.run_module("hashdist.telemetry", run_name="__main__")
+    monkeypatch.delitem(sys.modules, "hashdist.ground.telemetry")
+    runpy.run_module("hashdist.ground.telemetry", run_name="__main__")
     assert old.read_text() == document
 
 
@@ -264,7 +265,7 @@ def served(answers: dict[str, bytes | None]) -> Iterator[str]:
 
 def test_texts_of_all_nodes_become_one_valid_text() -> None:
     with served({"/1": NODE_1.encode(), "/2": NODE_2.encode()}) as url:
-        text = distributed._merged([f"{url}/1", f"{url}/2"], 2)
+        text = session._merged([f"{url}/1", f"{url}/2"], 2)
     lines = text.splitlines()
     assert [line.split()[2] for line in lines if line.startswith("# TYPE")] == [
         "ray_hashdist_commits_total",
@@ -283,12 +284,12 @@ def test_texts_of_all_nodes_become_one_valid_text() -> None:
 def test_agents_that_do_not_answer_are_counted_and_left_out(wrong: bytes) -> None:
     with served({"/2": NODE_2.encode(), "/slow": None, "/wrong": wrong}) as url:
         urls = [f"{url}/2", f"{url}/slow", f"{url}/wrong", f"{url}/error", "http://127.0.0.1:1/metrics"]
-        text = distributed._merged(urls, 0.3)
+        text = session._merged(urls, 0.3)
     assert text.splitlines()[-1] == "# 1 of 5 metrics agents answered"
     assert text.count("ray_hashdist_index_rows{") == 1
-    assert distributed._merged([], 1) == "# 0 of 0 metrics agents answered\n"
+    assert session._merged([], 1) == "# 0 of 0 metrics agents answered\n"
 
 
 def test_an_agent_may_have_an_address_of_version_6() -> None:
     node = {"NodeManagerAddress": "fd00::7", "MetricsExportPort": 8080}
-    assert distributed._agent(node) == "http://[fd00::7]:8080/metrics"
+    assert session._agent(node) == "http://[fd00::7]:8080/metrics"

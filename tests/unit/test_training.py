@@ -23,14 +23,14 @@ from training_world import (
     without_times,
 )
 
-from hashdist import telemetry
-from hashdist.communicator import SingleProcess
-from hashdist.dropout import Counter, keep_mask, use_counter
-from hashdist.errors import InvalidInput
+from hashdist.ground import telemetry
+from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ranges import permutation
 from hashdist.methods.contract import TrainingData, deep_method, find_method
-from hashdist.order import permutation
-from hashdist.standardize import Standardize
-from hashdist.training import Checkpoint, Trained, train
+from hashdist.methods.parts.communicator import SingleProcess
+from hashdist.methods.parts.standardize import Standardize
+from hashdist.models.dropout import Counter, keep_mask, use_counter
+from hashdist.models.training import Checkpoint, Trained, train
 
 ALONE = SingleProcess()
 SIDE = 6

@@ -1,0 +1,1 @@
+"""Formats of collections, one a file. Imports store and ground; no torch."""

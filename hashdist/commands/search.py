@@ -1,0 +1,333 @@
+"""`hashdist search`: one query or many, by image, key or code; nearest images or all within a radius."""
+
+import base64
+import html
+import importlib
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hashdist.collection.collection import Collection, open_collection
+from hashdist.collection.decode import BadImage, decode
+from hashdist.commands.protocol import index_of
+from hashdist.ground.errors import InvalidInput, NotFound
+from hashdist.ground.settings import SearchOptions, Settings
+from hashdist.index import Index
+from hashdist.index.search import engines, filters
+from hashdist.store.base import joined
+
+Codes = NDArray[np.uint8]
+
+_HIT = "<figure>{picture}<figcaption>{key}<br>{distance}</figcaption></figure>"
+_ROW = "<h2>{query}</h2>{picture}<div>{figures}</div>"
+_SHEET = """<!doctype html><meta charset="utf-8"><title>hashdist search</title>
+<style>body{{font:14px sans-serif;margin:2em}}figure{{display:inline-block;margin:.5em;text-align:center}}
+img{{height:96px;image-rendering:auto}}figcaption{{max-width:12em;overflow-wrap:anywhere}}</style>
+<h1>Search in {index}, version {version}</h1>{rows}
+"""
+
+
+class Query(NamedTuple):
+    """One query: how it was given, its code uint8 [W], and its features [D] where there are any."""
+
+    given: dict[str, str]
+    code: Codes
+    features: NDArray[np.floating[Any]] | None = None
+
+    @property
+    def key(self) -> str | None:
+        """The image of the index that it is."""
+        return self.given.get("key")
+
+
+def run(settings: Settings, options: SearchOptions) -> dict[str, Any]:
+    """Search an index.
+
+    Returns:
+        index, version, engine, and either code and hits (of one query) or queries, a list of them (--queries). A hit
+        is key, id, distance, uri, and score where features decided the order. With --recall also recall.
+
+    Raises InvalidInput, NotFound for what cannot be asked.
+    """
+    with _searched(settings, options) as index:
+        engine = _engine(options)
+        queries = _queries(index, options)
+        if not queries and not options.recall:
+            raise InvalidInput("one of --image, --key, --code or --queries is required, found none")
+        collection = open_pictures(index)
+        found = [
+            {**query.given, "code": query.code.tobytes().hex(), "hits": hits}
+            for query, hits in zip(queries, _answers(index, options, engine, queries, collection), strict=True)
+        ]
+        result: dict[str, Any] = {"index": index.uri, "version": index.version, "engine": options.engine}
+        if options.recall:
+            result["recall"] = measured(index, engine, options)
+        if options.html:
+            Path(options.html).write_text(_sheet(index, found, options, collection))
+            result["html"] = options.html
+        result |= {"queries": found} if options.queries else (found or [{}])[0]
+        return {**result, "text": _text(result, found, options)}
+
+
+@contextmanager
+def _searched(settings: Settings, options: SearchOptions) -> Iterator[Index]:
+    """The index to search: in this process, or spread over actors."""
+    index = index_of(settings, options.version, candidate=options.candidate)
+    if not options.actors:
+        yield index
+        return
+    # brings Ray with it, which a search in one process does without
+    session = importlib.import_module("hashdist.stages.cluster.session").session
+    spread = importlib.import_module("hashdist.stages.cluster.peers").SpreadIndex
+    with session(settings.cluster), spread(index, options.actors) as made:
+        yield made
+
+
+def _engine(options: SearchOptions) -> engines.Engine | str:
+    if options.engine == "ivf" and options.probes:
+        return engines.Ivf(probes=options.probes)
+    if options.engine == "multihash" and options.flips >= 0:
+        return engines.MultiHash(flips=options.flips)
+    engines.find_engine(options.engine)
+    return options.engine
+
+
+# What is asked
+
+
+def _queries(index: Index, options: SearchOptions) -> list[Query]:
+    given = [name for name in ("image", "key", "code", "queries") if getattr(options, name)]
+    if len(given) > 1:
+        raise InvalidInput(f"one of --image, --key, --code or --queries is required, found {' and '.join(given)}")
+    if options.image:
+        return [_by_image(index, options)]
+    if options.key:
+        return _by_keys(index, [options.key], options.rerank)
+    if options.code:
+        return [_by_code(options.code, index.bits, "--code", options.rerank)]
+    return _from_file(index, options) if options.queries else []
+
+
+def _by_image(index: Index, options: SearchOptions) -> Query:
+    path = Path(options.image)
+    if not path.is_file():
+        raise NotFound(f"--image needs a file, found none at {path}")
+    uri = options.model or index.model_uri
+    if not uri:
+        raise InvalidInput("this index does not say which model made it; name one with --model URI")
+    # brings torch with it, which a search by key or code does without
+    model = importlib.import_module("hashdist.models.model").load_model(uri)
+    encoded = model.encode_readable([path], keep_features=options.rerank)
+    if encoded.reasons[0]:
+        raise InvalidInput(f"--image needs a picture that can be read, {path} cannot: {encoded.reasons[0]}")
+    return Query({"image": str(path)}, encoded.codes[0], encoded.features[0] if options.rerank else None)
+
+
+def _by_keys(index: Index, keys: Sequence[str], rerank: bool) -> list[Query]:
+    codes_QW = index.codes_of(keys)
+    if not rerank or not index.manifest.get("rerank"):
+        return [Query({"key": key}, code) for key, code in zip(keys, codes_QW, strict=True)]
+    features_QD = index.view.features(index.view.find(keys).ids)
+    return [Query({"key": key}, *both) for key, *both in zip(keys, codes_QW, features_QD, strict=True)]
+
+
+def _by_code(text: str, bits: int, where: str, rerank: bool) -> Query:
+    if rerank:
+        raise InvalidInput(
+            f"{where}: --rerank needs the features of a query, which a code has not; give images or keys"
+        )
+    try:
+        code = np.frombuffer(bytes.fromhex(text), np.uint8)
+    except ValueError as error:
+        raise InvalidInput(f"{where} needs hexadecimal bytes, found {text!r}") from error
+    if len(code) * 8 != bits:
+        raise InvalidInput(f"the index has codes of {bits} bits, found {len(code) * 8} in {where}")
+    return Query({}, code)
+
+
+def _from_file(index: Index, options: SearchOptions) -> list[Query]:
+    """One query a line: a key of the index, else a code. Empty lines are passed over."""
+    if options.queries != "-" and not Path(options.queries).is_file():
+        raise NotFound(f"--queries needs a file, found none at {options.queries}")
+    text = sys.stdin.read() if options.queries == "-" else Path(options.queries).read_text()
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    known = index.view.find([line for _, line in lines]).present
+    keys = [line for (_, line), there in zip(lines, known, strict=True) if there]
+    by_key = iter(_by_keys(index, keys, options.rerank))
+    queries = []
+    for (number, line), there in zip(lines, known, strict=True):
+        if there:
+            queries.append(next(by_key))
+            continue
+        name = f"{options.queries}, line {number} (no key of {index.uri}, so a code)"
+        queries.append(_by_code(line, index.bits, name, options.rerank)._replace(given={}))
+    if not queries:
+        raise InvalidInput(f"--queries needs one key or code a line, found none in {options.queries}")
+    return queries
+
+
+# Answers
+
+
+def _answers(
+    index: Index,
+    options: SearchOptions,
+    engine: engines.Engine | str,
+    queries: Sequence[Query],
+    collection: Collection | None,
+) -> list[list[dict[str, Any]]]:
+    """The hits of every query."""
+    if not queries:
+        return []
+    if options.exclude_self and not any(query.key for query in queries):
+        raise InvalidInput("--exclude-self is for searches by --key (or keys in --queries)")
+    codes_QW = np.stack([query.code for query in queries])
+    where = filters.parse(options.where) if options.where else None
+    if options.radius >= 0:
+        if options.rerank:
+            raise InvalidInput("--rerank orders the nearest images; leave --radius or --rerank out")
+        near = index.search_within(codes_QW, options.radius, where, engine=engine)
+        spans = [slice(a, b) for a, b in zip(near.offsets[:-1], near.offsets[1:], strict=True)]
+        found = [(near.ids[s], near.distances[s], keys, None) for s, keys in zip(spans, near.keys(), strict=True)]
+        return [_rows(query, *hits, options, collection) for query, hits in zip(queries, found, strict=True)]
+    features = None
+    if options.rerank:
+        known = [query.features for query in queries if query.features is not None]
+        features = np.stack(known) if known else np.empty((len(queries), 0), np.float32)
+    k = options.k + options.exclude_self  # the image itself may be among them
+    candidates = max(options.candidates, k) if options.candidates >= options.k else options.candidates
+    hits = index.search(codes_QW, k, where, engine=engine, rerank=features, candidates=candidates)
+    scores = [None] * len(queries) if hits.scores is None else list(hits.scores)
+    every = zip(queries, hits.ids, hits.distances, hits.keys(), scores, strict=True)
+    return [_rows(*one, options, collection)[: options.k] for one in every]
+
+
+def _rows(
+    query: Query,
+    ids: NDArray[np.int64],
+    distances: NDArray[np.int32],
+    keys: Sequence[str],
+    scores: NDArray[np.float64] | None,
+    options: SearchOptions,
+    collection: Collection | None,
+) -> list[dict[str, Any]]:
+    rows = []
+    for place, (key, id_, distance) in enumerate(zip(keys, ids.tolist(), distances.tolist(), strict=True)):
+        if options.exclude_self and key == query.key:
+            continue
+        row = {"key": key, "id": str(id_), "distance": distance, "uri": picture_uri(collection, key)}
+        rows.append(row if scores is None else {**row, "score": float(scores[place])})
+    return rows
+
+
+def measured(index: Index, engine: engines.Engine | str, options: SearchOptions) -> dict[str, Any]:
+    """Recall@k of an engine against the scan (`engines.recall`), over images of the index drawn evenly, and times.
+
+    Shards are opened and the engine's own files built before the clock runs.
+    """
+    codes_QW = _drawn(index, options.recall)
+    k = min(options.k, index.rows)
+    seconds, found = {}, {}
+    for name, looked_at in (("engine", engine), ("scan", "scan")):
+        index.search(codes_QW[:1], k, engine=looked_at)
+        started = time.perf_counter()
+        found[name] = index.search(codes_QW, k, engine=looked_at).distances
+        seconds[name] = time.perf_counter() - started
+    share = float(engines.recall(found["engine"], found["scan"]).mean()) if len(codes_QW) else 1.0
+    times = {"seconds": seconds["engine"], "scan_seconds": seconds["scan"]}
+    return {"engine": options.engine, "k": k, "queries": len(codes_QW), f"recall@{k}": share, **times}
+
+
+def _drawn(index: Index, count: int) -> Codes:
+    """Codes of about `count` live rows at even distances: rows are sorted by id, which is a hash."""
+    view, rows = index.view, sum(shard.rows for shard in index.view.shards)
+    wanted = np.unique(np.linspace(0, max(rows - 1, 0), min(count, rows)).astype(np.int64))
+    codes, first = [np.empty((0, index.bits // 8), np.uint8)], 0
+    for number, shard in enumerate(view.shards):
+        here = wanted[(wanted >= first) & (wanted < first + shard.rows)] - first
+        codes.append(shard.codes[np.setdiff1d(here, view.dead_rows(number))])
+        first += shard.rows
+    return np.concatenate(codes)
+
+
+# Pictures
+
+
+def open_pictures(index: Index) -> Collection | None:
+    """The collection that the index was built from; None where none is named or it is not there any more."""
+    if not index.collection_uri:
+        return None
+    try:
+        return open_collection(index.collection_uri)
+    except NotFound:
+        return None
+
+
+def picture_uri(collection: Collection | None, key: str) -> str | None:
+    """Where a picture lies: FOLDER/KEY, or URI#KEY of a collection in parquet or tar files."""
+    if collection is None:
+        return None
+    manifest = collection.artefact.manifest()
+    folder = manifest["format"] == "folder"
+    return joined(manifest["base"], key) if folder else f"{manifest['uri']}#{key}"
+
+
+def picture_tag(data: bytes | None, side: int = 96) -> str:
+    """An <img> with the picture inside it, at most `side` pixels; empty where there is none to show."""
+    if data is None:
+        return ""
+    try:
+        image = Image.fromarray(decode(data))
+    except BadImage:
+        return ""
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
+
+
+def _sheet(index: Index, found: Sequence[dict[str, Any]], options: SearchOptions, collection: Collection | None) -> str:
+    """The results as one HTML page with the pictures in it."""
+    keys = {hit["key"] for one in found for hit in one["hits"]} | {one["key"] for one in found if "key" in one}
+    pictures = collection.fetch(sorted(keys)) if collection else {}
+    rows = []
+    for one in found:
+        own = Path(options.image).read_bytes() if "image" in one else pictures.get(one.get("key", ""))
+        figures = [
+            _HIT.format(
+                picture=picture_tag(pictures.get(hit["key"])), key=html.escape(hit["key"]), distance=_shown(hit)
+            )
+            for hit in one["hits"]
+        ]
+        query = html.escape(one.get("key") or one.get("image") or one["code"])
+        rows.append(_ROW.format(query=query, picture=picture_tag(own), figures="".join(figures)))
+    return _SHEET.format(index=html.escape(index.uri), version=index.version, rows="".join(rows))
+
+
+def _shown(hit: dict[str, Any]) -> str:
+    return f"{hit['distance']}" + (f" ({hit['score']:.4f})" if "score" in hit else "")
+
+
+def _text(result: dict[str, Any], found: Sequence[dict[str, Any]], options: SearchOptions) -> str:
+    """One JSON line a query for --queries, else a table."""
+    if options.queries:
+        return "\n".join(json.dumps({"number": number, **one}) for number, one in enumerate(found))
+    lines = [f"{result['index']} version {result['version']}"]
+    if options.recall:
+        lines.append(", ".join(f"{name} {value}" for name, value in result["recall"].items()))
+    for one in found:
+        cosine = "  cosine" if options.rerank else ""
+        lines.append(f" bits{cosine}  key  uri")
+        for hit in one["hits"]:
+            score = f"  {hit['score']:6.4f}" if "score" in hit else ""
+            lines.append(f"{hit['distance']:>5}{score}  {hit['key']}  {hit['uri'] or ''}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""How a version is searched: filters, engines one a file, ranking. Imports the view and below."""

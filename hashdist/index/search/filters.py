@@ -1,0 +1,414 @@
+"""Filters: which rows a search may answer with.
+
+A filter is a conjunction of conditions: ids or keys to keep or to leave out, and predicates on a column. A row whose
+value is null, or whose shard has no such column, matches no predicate, `!=` and `not in` included. On a column of
+lists (`labels`) `in` asks for any of the values and `all` for all of them.
+
+    where = keys(["a.png"], keep=False) & column("labels", "in", [3, 5]) & column("taken", ">=", 2020)
+    where = parse("key not in a.png and label in 3,5 and taken >= 2020")
+
+A version is immutable, so a filter is evaluated against it once: per shard into the bitmap of rows to leave out, which
+holds the tombstones too. Where few rows of a shard match, their codes are copied out instead: scanning everything for
+the sake of a few would cost more than it did without a filter.
+"""
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from hashdist.ground.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from hashdist.index.view import View
+
+Operator = Literal["==", "!=", "<", "<=", ">", ">=", "between", "in", "not in", "all"]
+Flags = NDArray[np.bool_]
+
+_COMPARE: dict[str, Callable[..., pa.Array]] = {
+    "==": pc.equal,
+    "!=": pc.not_equal,
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+}
+_LIST_OPERATORS = ("in", "not in", "all")
+_COPIED_BELOW = 1 / 16  # of a shard's rows: a masked scan then costs more than a copy of these rows
+MOST_CONDITIONS = 32
+"""Of a filter that is given as text: each is looked at for every row."""
+
+_KEPT = 8  # evaluated filters per version
+
+
+class Condition(Protocol):
+    """One condition of a filter; hashable."""
+
+    def matches(self, view: "View") -> Callable[[int], Flags]:
+        """For a version, what tells which rows of a shard match."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Rows that meet every condition. Made by `ids`, `keys`, `column`, `parse`; combined by `&`; hashable."""
+
+    conditions: tuple[Condition, ...]
+
+    def __and__(self, other: "Filter") -> "Filter":
+        return Filter(self.conditions + other.conditions)
+
+
+def ids(values: Iterable[int] | NDArray[np.int64], *, keep: bool = True) -> Filter:
+    """Only these ids, or, with keep=False, all others."""
+    try:
+        found = np.unique(np.asarray(values if isinstance(values, np.ndarray) else list(values), np.int64))
+    except OverflowError as error:
+        raise InvalidInput("an id is a whole number below 2**63, found a larger one") from error
+    return Filter((_Ids(_digest(found.tobytes()), keep, found),))
+
+
+def keys(values: Iterable[str], *, keep: bool = True) -> Filter:
+    """Only these keys, or, with keep=False, all others; keys that are not in the index do no harm."""
+    if isinstance(values, str):
+        raise InvalidInput(f"keys must be a sequence of texts, found one text {values!r}")
+    found = tuple(sorted(set(values)))
+    if any(not isinstance(key, str) or not key for key in found):
+        raise InvalidInput("every key of a filter must be a text that is not empty")
+    return Filter((_Keys(_digest("\0".join(found).encode()), keep, found),))
+
+
+def column(name: str, operator: Operator, value: Any) -> Filter:
+    """Rows by a column.
+
+    Args:
+        name: a column of the index; `label` stands for `labels`.
+        operator: `==`, `!=`, `<`, `<=`, `>`, `>=`, `between` (both ends included), `in`, `not in`, `all` (lists only).
+        value: a number, text, truth value or date; a sequence of them for `in`, `not in` and `all`, two for `between`.
+
+    Raises InvalidInput for another operator. Whether the column exists is known when the filter is used.
+    """
+    if operator not in (*_COMPARE, "between", *_LIST_OPERATORS):
+        raise InvalidInput(f"no operator {operator!r}; there are {', '.join([*_COMPARE, 'between', *_LIST_OPERATORS])}")
+    several = operator in ("between", *_LIST_OPERATORS)
+    if several and (isinstance(value, str) or not isinstance(value, Iterable)):
+        value = [value]
+    values = tuple(value) if several else (value,)
+    if operator == "between" and len(values) != 2:
+        raise InvalidInput(f"`between` needs two values, found {len(values)}")
+    if not values and operator == "all":
+        raise InvalidInput("`all` needs at least one value, found none")
+    return Filter((_Predicate(name, operator, values),))
+
+
+# Conditions
+
+
+@dataclass(frozen=True)
+class _Ids:
+    digest: bytes
+    keep: bool
+    values: NDArray[np.int64] = field(compare=False, repr=False)
+
+    def matches(self, view: "View") -> Callable[[int], Flags]:
+        return lambda number: _flags(view.shards[number].rows, view.shards[number].find(self.values)[1], self.keep)
+
+
+@dataclass(frozen=True)
+class _Keys:
+    digest: bytes
+    keep: bool
+    values: tuple[str, ...] = field(compare=False, repr=False)
+
+    def matches(self, view: "View") -> Callable[[int], Flags]:
+        places = view.find(self.values)
+        return lambda number: _flags(view.shards[number].rows, places.rows[places.shards == number], self.keep)
+
+
+@dataclass(frozen=True)
+class _Predicate:
+    name: str
+    operator: Operator
+    values: tuple[Any, ...]
+
+    def matches(self, view: "View") -> Callable[[int], Flags]:
+        known = sorted({name for shard in view.shards for name in shard.column_names})
+        name = "labels" if self.name == "label" and "label" not in known else self.name
+        if view.shards and name not in known:
+            raise InvalidInput(f"no column `{self.name}` to filter by; the columns are: {', '.join(known) or '(none)'}")
+        return lambda number: self._of(view.shards[number].columns([name])[name].combine_chunks())
+
+    def _of(self, stored: pa.Array | pa.ChunkedArray) -> Flags:
+        if isinstance(stored, pa.ChunkedArray):
+            stored = pa.concat_arrays(stored.chunks)
+        if pa.types.is_null(stored.type):
+            return np.zeros(len(stored), np.bool_)
+        lists = pa.types.is_list(stored.type) or pa.types.is_large_list(stored.type)
+        if lists != (self.operator in _LIST_OPERATORS) and (lists or self.operator == "all"):
+            allowed = _LIST_OPERATORS if lists else (*_COMPARE, "between", "in", "not in")
+            raise InvalidInput(
+                f"column `{self.name}` holds {stored.type}, so `{self.operator}` cannot be asked of it; "
+                f"use one of: {', '.join(allowed)}"
+            )
+        return self._of_lists(stored) if lists else _true(self._of_values(stored))
+
+    def _of_values(self, stored: pa.Array) -> pa.Array:
+        values = self._cast(stored.type)
+        if self.operator == "between":
+            return pc.and_(pc.greater_equal(stored, values[0]), pc.less_equal(stored, values[1]))
+        if self.operator in _COMPARE:
+            return _COMPARE[self.operator](stored, values[0])
+        found = _among(stored, values)
+        return pa.array((~found if self.operator == "not in" else found) & _true(pc.is_valid(stored)))
+
+    def _of_lists(self, stored: pa.Array) -> Flags:
+        """Whether each list holds any of the values, none of them, or all."""
+        items, owner = stored.flatten(), np.asarray(pc.list_parent_indices(stored), np.int64)
+        values, found = self._cast(stored.type.value_type), _true(pc.is_valid(stored))
+
+        def holders(wanted: list[pa.Scalar]) -> Flags:
+            flags = np.zeros(len(stored), np.bool_)
+            flags[owner[_among(items, wanted)]] = True
+            return flags
+
+        if self.operator != "all":
+            return found & (~holders(values) if self.operator == "not in" else holders(values))
+        for value in dict.fromkeys(values):
+            if not found.any():
+                break
+            found &= holders([value])
+        return found
+
+    def _cast(self, kind: pa.DataType) -> list[pa.Scalar]:
+        """The values as what the column can be compared with. Raises InvalidInput where it cannot."""
+        return [self._scalar(value, kind) for value in self.values]
+
+    def _scalar(self, value: Any, kind: pa.DataType) -> pa.Scalar:
+        try:
+            made = pa.scalar(value)
+            if pa.types.is_temporal(kind):
+                return made.cast(kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OverflowError):
+            made = None
+        if made is None or _family(made.type) != _family(kind):
+            raise InvalidInput(
+                f"column `{self.name}` holds {kind}, which cannot be compared with {value!r}"
+                + ("; put the number in quotes" if _family(kind) == "text" else "")
+            )
+        return made.cast(kind) if _family(kind) == "text" else made
+
+
+def _among(stored: pa.Array, values: Sequence[pa.Scalar]) -> Flags:
+    """Which values are equal to one of others, in one pass however many these are; null is equal to none."""
+    if not values:
+        return np.zeros(len(stored), np.bool_)
+    if _family(stored.type) != "number":
+        return _true(pc.is_in(stored, pa.array([value.as_py() for value in values], stored.type)))
+    wanted = np.unique(np.array([value.as_py() for value in values]))
+    numbers = pc.fill_null(stored, 0).to_numpy(zero_copy_only=False)
+    at = np.searchsorted(wanted, numbers).clip(max=len(wanted) - 1)
+    return np.asarray(wanted[at] == numbers, np.bool_) & _true(pc.is_valid(stored))
+
+
+def _family(kind: pa.DataType) -> str:
+    if pa.types.is_boolean(kind):
+        return "truth value"
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return "number"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "text"
+    return str(kind)
+
+
+def _true(flags: pa.Array | pa.ChunkedArray) -> Flags:
+    """As numpy; null is False."""
+    return np.asarray(pc.fill_null(flags, False).to_numpy(zero_copy_only=False), np.bool_)
+
+
+def _flags(rows: int, among: NDArray[np.int64], keep: bool) -> Flags:
+    flags = np.full(rows, not keep)
+    flags[among] = keep
+    return flags
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()
+
+
+# Evaluated against a version
+
+
+class Searched(NamedTuple):
+    """What of a shard is scanned: codes and ids, row-aligned, and which of these rows are left out."""
+
+    codes_NW: NDArray[np.uint8]
+    ids_N: NDArray[np.int64]
+    dead: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A filter evaluated against a version: what matches, tombstones taken into account.
+
+    Attributes:
+        rows: live rows that match.
+        counts: of them in each shard.
+        shards: per shard the bitmap of rows to leave out, None if there are none.
+        copies: of shards with few matches: the matching codes and ids.
+    """
+
+    rows: int
+    counts: list[int]
+    shards: list[NDArray[np.uint8] | None]
+    copies: dict[int, Searched]
+
+
+def select(view: "View", where: Filter) -> Selection:
+    """Evaluate a filter. Raises InvalidInput for a column that no shard has, or values of another type."""
+    tests = [condition.matches(view) for condition in where.conditions]
+    counts, left_out, copies = [], [], {}
+    for number, shard in enumerate(view.shards):
+        matching = reduce(np.logical_and, (test(number) for test in tests), np.ones(shard.rows, np.bool_))
+        matching[view.dead_rows(number)] = False
+        rows = np.flatnonzero(matching)
+        counts.append(len(rows))
+        left_out.append(np.packbits(~matching, bitorder="little") if len(rows) < shard.rows else None)
+        if len(rows) < shard.rows * _COPIED_BELOW:
+            copies[number] = Searched(shard.codes[rows], shard.ids[rows], None)
+    return Selection(sum(counts), counts, left_out, copies)
+
+
+class Selections:
+    """The filters that were evaluated last against one version; threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Filter, Selection] = OrderedDict()
+
+    def of(self, view: "View", where: Filter) -> Selection:
+        """What `select` says, evaluated at the first call."""
+        with self._lock:
+            if where in self._kept:
+                self._kept.move_to_end(where)
+                return self._kept[where]
+        made = select(view, where)
+        with self._lock:
+            self._kept[where] = made
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return made
+
+
+# As text
+
+
+_TOKEN = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|(<=|>=|==|!=|<|>|,)|([^\s,<>=!'"]+))""")
+
+
+class _Token(NamedTuple):
+    text: str
+    kind: Literal["quoted", "sign", "word"]
+
+
+def parse(text: str) -> Filter:
+    """A filter from text: conditions joined by `and`.
+
+    `NAME == V`, also `!=`, `<`, `<=`, `>`, `>=`; `NAME between V and V`; `NAME in V,V`; `NAME not in V,V`;
+    `NAME all V,V` (lists only). NAME is a column, `label`, `key` or `id` (the latter two with ==, !=, in and not in).
+    V is a number, true, false, a word, or text in quotes.
+
+    Raises InvalidInput saying where it stops making sense.
+    """
+    tokens = _tokens(text)
+    conditions: list[Filter] = []
+    at = 0
+    while True:
+        made, at = _condition(text, tokens, at)
+        conditions.append(made)
+        if len(conditions) > MOST_CONDITIONS:
+            raise InvalidInput(f"a filter may have at most {MOST_CONDITIONS} conditions; ask `NAME in V,V` for several")
+        if at == len(tokens):
+            return reduce(Filter.__and__, conditions)
+        if tokens[at] != ("and", "word"):
+            raise _misread(text, tokens, at, "`and` or the end")
+        at += 1
+
+
+def _tokens(text: str) -> list[_Token]:
+    tokens, at = [], 0
+    while text[at:].strip():
+        found = _TOKEN.match(text, at)
+        if not found:
+            raise InvalidInput(f"the filter {text!r}: cannot read {text[at:].strip()!r}")
+        single, double, sign, word = found.groups()
+        if sign or word:
+            tokens.append(_Token(sign or word, "sign" if sign else "word"))
+        else:
+            tokens.append(_Token(single if single is not None else double, "quoted"))
+        at = found.end()
+    return tokens
+
+
+def _condition(text: str, tokens: list[_Token], at: int) -> tuple[Filter, int]:
+    if at >= len(tokens) or tokens[at].kind == "sign":
+        raise _misread(text, tokens, at, "the name of a column, `key` or `id`")
+    name, at = tokens[at].text, at + 1
+    operator: Any = tokens[at].text if at < len(tokens) and tokens[at].kind != "quoted" else ""
+    if operator == "not" and at + 1 < len(tokens) and tokens[at + 1] == ("in", "word"):
+        operator, at = "not in", at + 1
+    if operator not in (*_COMPARE, "between", *_LIST_OPERATORS):
+        raise _misread(text, tokens, at, f"one of {', '.join([*_COMPARE, 'between', *_LIST_OPERATORS])}")
+    values, at = _values(text, tokens, at + 1, operator)
+    if name not in ("key", "id"):
+        return column(name, operator, values if len(values) > 1 or operator in _LIST_OPERATORS else values[0]), at
+    if operator not in ("==", "!=", "in", "not in"):
+        raise InvalidInput(f"the filter {text!r}: `{name}` is asked for by ==, !=, in and not in, not by {operator}")
+    keep = operator in ("==", "in")
+    if name == "key":
+        return keys(map(str, values), keep=keep), at
+    if not all(isinstance(value, int) for value in values):
+        raise InvalidInput(f"the filter {text!r}: an id is a whole number, found {values}")
+    return ids(values, keep=keep), at
+
+
+def _values(text: str, tokens: list[_Token], at: int, operator: str) -> tuple[list[Any], int]:
+    joint = {"between": _Token("and", "word")}.get(operator, _Token(",", "sign"))
+    values: list[Any] = []
+    while True:
+        if at >= len(tokens) or tokens[at].kind == "sign":
+            raise _misread(text, tokens, at, "a value")
+        values.append(_value(tokens[at]))
+        at += 1
+        if operator in _COMPARE or (operator == "between" and len(values) == 2):
+            return values, at
+        if at == len(tokens) or tokens[at] != joint:
+            if operator == "between":
+                raise _misread(text, tokens, at, "`and` and a second value")
+            return values, at
+        at += 1
+
+
+def _value(token: _Token) -> Any:
+    if token.kind == "quoted":
+        return token.text
+    if token.text in ("true", "false"):
+        return token.text == "true"
+    for number in (int, float):
+        try:
+            return number(token.text)
+        except ValueError:
+            continue
+    return token.text
+
+
+def _misread(text: str, tokens: Sequence[_Token], at: int, wanted: str) -> InvalidInput:
+    found = f"found {tokens[at].text!r}" if at < len(tokens) else "found the end"
+    return InvalidInput(f"the filter {text!r}: {wanted} must come next, {found}")

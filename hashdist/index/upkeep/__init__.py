@@ -1,0 +1,1 @@
+"""How an index is looked after: compaction, retention, verification, erasure, lineage. Imports the index and below."""

@@ -1,0 +1,1 @@
+"""Building blocks that papers share. Imports nearest and ground; torch."""

@@ -1,0 +1,4 @@
+"""Image to feature to code: networks built, trained and kept.
+
+Imports methods, collection, store and what is below; torch, no ray.
+"""

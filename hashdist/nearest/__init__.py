@@ -1,0 +1,1 @@
+"""Exact neighbours, arrays in and arrays out; the home of numba. Imports the ground."""

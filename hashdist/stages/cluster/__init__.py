@@ -1,0 +1,1 @@
+"""The border to Ray: session, tasks, workers, metrics, peers. Imports what stages import."""

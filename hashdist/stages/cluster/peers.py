@@ -1,0 +1,328 @@
+"""Search over Ray actors: the shards of one version spread over several processes or machines.
+
+Every peer (an actor, or a replica of the service) holds some of the shards and answers with its (distance, id) lists;
+the caller merges them, so answers are those of a search in one process, at any number of peers. `SpreadIndex` is an
+`Index` to search.
+
+A call names the version it is about, and a peer opens a version when it is first asked for. So a search sees one
+version throughout, a peer that was started again knows what to do, and a shard stays with its peer (and that
+machine's cache) from version to version.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from threading import Lock
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.exceptions import RayActorError, RayTaskError
+
+from hashdist.ground import telemetry
+from hashdist.ground.errors import InvalidInput, NotFound, Unavailable
+from hashdist.index import Index, Matches
+from hashdist.index.change import checked_keys, some
+from hashdist.index.search.engines import Engine, joined
+from hashdist.index.search.filters import Filter
+from hashdist.index.search.rerank import PART
+from hashdist.index.search.tables import Use
+from hashdist.index.shards.shard import opening
+from hashdist.index.view import View
+from hashdist.nearest import scan
+from hashdist.stages.cluster import session
+from hashdist.store.commit import Log, Version
+
+_VERSIONS_HELD = 2
+_CALLS_AT_ONCE = 8
+_CALL_TRIES = 2
+
+
+class Call(NamedTuple):
+    """A question to one of several peers: its number, the method of `Searcher` and the arguments."""
+
+    peer: int
+    what: str
+    arguments: tuple[Any, ...]
+
+
+class Peers(Protocol):
+    """Processes that each run a `Searcher`."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def ask(self, calls: Sequence[Call]) -> list[Any]:
+        """The answers, in order; all are asked at once. Raises what a peer raises; Unavailable where one is gone."""
+        ...
+
+    def close(self) -> None:
+        """End what was started for them."""
+        ...
+
+
+class Actors:
+    """Peers that are Ray actors, started here; Ray starts one that dies again.
+
+    Args:
+        count: how many.
+        cpus: logical CPUs of each.
+
+    Raises InvalidInput for less than one.
+    """
+
+    def __init__(self, count: int, cpus: float = 1) -> None:
+        if count < 1:
+            raise InvalidInput(f"a search needs at least one actor, found {count}")
+        options = {
+            "num_cpus": cpus,
+            "max_restarts": -1,
+            "max_task_retries": _CALL_TRIES,
+            "max_concurrency": _CALLS_AT_ONCE,
+        }
+        self._actors: list[Any] = [ray.remote(Searcher).options(**options).remote() for _ in range(count)]
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self._actors)
+
+    def ask(self, calls: Sequence[Call]) -> list[Any]:
+        """See Peers."""
+        asked = [getattr(self._actors[call.peer], call.what).remote(*call.arguments) for call in calls]
+        try:
+            answers: list[Any] = ray.get(asked)
+            return answers
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            raise Unavailable(f"an actor that searches cannot be reached: {error}; open the index again") from error
+
+    def close(self) -> None:
+        """Stop the actors."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+class SpreadIndex(Index):
+    """An index to search, its shards spread over peers. Use as a context manager, or `close` it. Needs Ray.
+
+    Args:
+        index: any version of an index; `refresh` moves on to newer ones.
+        peers: who searches; a number = so many actors, started here.
+        before: a version of the same index over the same peers; its shards stay where they are.
+    """
+
+    def __init__(self, index: Index, peers: int | Peers, before: View | None = None) -> None:
+        super().__init__(index.versions, index.view.version, writable=False)
+        self._peers = Actors(peers) if isinstance(peers, int) else peers
+        self._spread = SpreadView(self._log, index.view.version, before or index.view, self._peers)
+        try:
+            self._spread.ready()
+        except BaseException:
+            self.close()
+            raise
+        self._view = self._spread
+
+    def refresh(self) -> bool:
+        """Move to the newest version once all actors have opened it; whether there is a newer one than before."""
+        newest = self._newest()
+        if newest.number <= self.version:
+            return False
+        view = SpreadView(self._log, newest, self._view, self._peers)
+        view.ready()
+        self._spread = view
+        self._advance(view)
+        return True
+
+    def codes_of(self, keys: Sequence[str]) -> NDArray[np.uint8]:
+        """See Index."""
+        view = self._spread
+        found = np.empty((len(keys), self.bits // 8), np.uint8)
+        there = view.gather("codes", checked_keys(keys, distinct=False), found)
+        if not there.all():
+            missing = [key for key, known in zip(keys, there, strict=True) if not known]
+            raise NotFound(f"every key must be in {self.uri}, version {view.number}; {some(missing)} are not")
+        return found
+
+    def close(self) -> None:
+        """End the peers."""
+        self._peers.close()
+
+    def __enter__(self) -> "SpreadIndex":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+
+class SpreadView(View):
+    """One version whose shards are searched by peers.
+
+    Args:
+        log: of the index.
+        version: a committed version.
+        before: a view whose open shards, and whose division among the same peers, are kept.
+        peers: who searches.
+    """
+
+    def __init__(self, log: Log, version: Version, before: View, peers: Peers) -> None:
+        super().__init__(log, version, before)
+        placed: Mapping[str, int] = before.placed if isinstance(before, SpreadView) else {}
+        self.placed: dict[str, int] = place({shard.name: shard.rows for shard in self.shards}, len(peers), placed)
+        self._peers = peers
+        self._asked: list[tuple[int, str, list[Any]]] = []
+        for number in range(len(peers)):
+            entries = [
+                entry
+                for entry, shard in zip(self.manifest["shards"], self.shards, strict=True)
+                if self.placed[shard.name] == number
+            ]
+            if entries:
+                part = ray.put((log, Version(version.number, {**self.manifest, "shards": entries, "rows": 0})))
+                self._asked.append((number, f"{log.uri} {version.number}", [part]))
+
+    def ready(self) -> None:
+        """Return once every peer has opened its part."""
+        self._ask("matching", None)
+
+    def bring(self) -> None:
+        """See View: to the peers' machines."""
+        self._ask("bring")
+
+    def matching(self, where: Filter | None) -> int:
+        """See View."""
+        return super().matching(None) if where is None else sum(self._ask("matching", where))
+
+    def nearest(
+        self, queries_QW: NDArray[np.uint8], k: int, where: Filter | None = None, engine: Engine | None = None
+    ) -> scan.Nearest:
+        """See View."""
+        found = self._ask("nearest", ray.put(queries_QW), k, where, engine)
+        parts = (scan.Nearest(*map(np.array, part)) for part in found)  # what Ray hands over is read-only
+        return self.complete(reduce(lambda a, b: scan.merge(a, b, k), parts), k, where)
+
+    def within(
+        self,
+        queries_QW: NDArray[np.uint8],
+        radius: int,
+        where: Filter | None = None,
+        engine: Engine | None = None,
+        tables: Use = "auto",
+    ) -> Matches:
+        """See View."""
+        balls = [scan.Ball(*part) for part in self._ask("within", ray.put(queries_QW), radius, where, engine, tables)]
+        return Matches(*joined(balls, len(queries_QW)), self)
+
+    def keys_of(self, ids: NDArray[np.int64]) -> list[str]:
+        """See View."""
+        keys = np.empty(len(ids), object)
+        self.gather("keys", ids, keys)
+        return list(keys)
+
+    def features(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
+        """See View."""
+        found = np.empty((len(ids), self.manifest[PART]["width"]), np.float16)
+        self.gather("features", ids, found)
+        return found
+
+    def gather(self, what: str, wanted: Any, into: NDArray[Any]) -> NDArray[np.bool_]:
+        """Keys or features of ids, or codes of keys, from the peers that have them; which of them were found."""
+        there = np.zeros(len(into), np.bool_)
+        for which, values in self._ask("take", what, ray.put(wanted)):
+            into[which], there[which] = values, True
+        return there
+
+    def _ask(self, what: str, *arguments: Any) -> list[Any]:
+        """The answers of all peers that hold shards. Raises what they raise; Unavailable where one is gone."""
+        return self._peers.ask([Call(peer, what, (name, part, *arguments)) for peer, name, part in self._asked])
+
+
+def place(rows: Mapping[str, int], actors: int, before: Mapping[str, int]) -> dict[str, int]:
+    """Which actor searches which shard: where it was before, else, the largest first, where there are fewest rows."""
+    placed = {name: before[name] for name in rows if before.get(name, actors) < actors}
+    load = [sum(rows[name] for name, actor in placed.items() if actor == number) for number in range(actors)]
+    for name in sorted(set(rows) - set(placed), key=lambda name: (-rows[name], name)):
+        placed[name] = load.index(min(load))
+        load[placed[name]] += rows[name]
+    return placed
+
+
+class Searcher:
+    """What runs in a peer's process: parts of the last versions, opened."""
+
+    def __init__(self) -> None:
+        telemetry.set_sink(session.RaySink())
+        self._views: dict[str, View] = {}
+        self._opening = Lock()
+
+    def bring(self, name: str, part: list[Any]) -> None:
+        """Bring all that a search reads to this machine."""
+        self._view(name, part).bring()
+
+    def matching(self, name: str, part: list[Any], where: Filter | None) -> int:
+        """Live rows here that match."""
+        return self._view(name, part).matching(where)
+
+    def nearest(
+        self,
+        name: str,
+        part: list[Any],
+        queries_QW: NDArray[np.uint8],
+        k: int,
+        where: Filter | None,
+        engine: Engine | None,
+    ) -> tuple[NDArray[Any], ...]:
+        """The k nearest rows here, or as many as match."""
+        view = self._view(name, part)
+        here = min(k, view.matching(where))
+        if here:
+            return tuple(view.nearest(queries_QW, here, where, engine))
+        nothing = np.empty((len(queries_QW), 0))
+        return nothing.astype(np.int32), nothing.astype(np.int64), np.zeros(len(queries_QW), np.int64)
+
+    def within(
+        self,
+        name: str,
+        part: list[Any],
+        queries_QW: NDArray[np.uint8],
+        radius: int,
+        where: Filter | None,
+        engine: Engine | None,
+        tables: Use,
+    ) -> tuple[NDArray[Any], ...]:
+        """The rows here within the radius: offsets, ids, distances."""
+        found = self._view(name, part).within(queries_QW, radius, where, engine, tables)
+        return found.offsets, found.ids, found.distances
+
+    def take(self, name: str, part: list[Any], what: str, wanted: Any) -> tuple[NDArray[np.int64], Any]:
+        """Which of the ids or keys wanted are here, and what was asked of them."""
+        view = self._view(name, part)
+        places = view.find(wanted) if what == "codes" else view.locate(wanted)
+        which = np.flatnonzero(places.present)
+        here = places.take(which)
+        if what == "codes":
+            return which, view.codes(here)
+        return which, view.keys_of(here.ids) if what == "keys" else view.features(here.ids)
+
+    def _view(self, name: str, part: list[Any]) -> View:
+        held = self._views.get(name)
+        if held is not None:
+            return held
+        with self._opening:  # searches of the version before go on meanwhile
+            if name not in self._views:
+                log, version = ray.get(part[0])
+                view = _opened(log, version, next(reversed(self._views.values()), None))
+                # replaced as a whole, so that a look needs no lock
+                self._views = dict([*self._views.items(), (name, view)][-_VERSIONS_HELD:])
+            return self._views[name]
+
+
+def _opened(log: Log, version: Version, before: View | None) -> View:
+    """Some shards of a version as a version of their own: `rows` is the number of live ones among theirs."""
+    view = View(log, version, before)
+    for _ in opening(view.shards):
+        pass
+    rows = sum(shard.rows - len(view.dead_rows(number)) for number, shard in enumerate(view.shards))
+    return View(log, Version(version.number, {**version.manifest, "rows": rows}), view)

@@ -53,7 +53,7 @@ import json, sys, time
 import numpy as np
 from pathlib import Path
 from hashdist.index import open_index
-from hashdist import scan
+from hashdist.nearest import scan
 def anonymous():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024

@@ -18,7 +18,7 @@ constant body, one of the service's. `bare` is a FastAPI route on Serve with tha
 - cold: Ray and Serve run, the cache is empty, index and model lie on a moto S3 server in another process. Seconds from
   deploying until /readyz is 200, less those of the plain download of the same bytes; asked at most 15. Once with the
   compiled kernels on disk, once without them.
-- swaps: `--seconds` of load with ten new versions and a new model; every answer checked (tests/service_load.py).
+- swaps: `--seconds` of load with ten new versions and a new model; every answer checked (tests/worlds/load.py).
 - memory: `--seconds` of load with four new versions a minute; MB a minute of each replica by least squares, the first
   fifth left out, and of the second half alone.
 
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # peers of benchmarks; the load and its oracle are the tests'
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # peers of benchmarks; the load and its oracle are the tests'
 
 import numpy as np  # noqa: E402
 from fastapi import FastAPI, Query, Request  # noqa: E402
@@ -51,8 +51,6 @@ from open_index import _build, _downloaded, _s3  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.serve.schema import LoggingConfig  # noqa: E402
 from search import _index, _random  # noqa: E402
-from service_load import slope, under_load, watched  # noqa: E402
-from service_world import ServiceWorld, ask, free_port, serving  # noqa: E402
 
 from hashdist.ground import telemetry  # noqa: E402
 from hashdist.ground.settings import ClusterSettings, IndexSettings, ServiceSettings, Settings  # noqa: E402
@@ -62,6 +60,8 @@ from hashdist.service.api import SearchRequest  # noqa: E402
 from hashdist.service.app import _on_own_address, application  # noqa: E402
 from hashdist.service.limits import Border  # noqa: E402
 from hashdist.stages.cluster import session  # noqa: E402
+from tests.worlds.load import slope, under_load, watched  # noqa: E402
+from tests.worlds.service import ServiceWorld, ask, free_port, serving  # noqa: E402
 
 _K = 10
 _LOGGING = LoggingConfig(encoding="JSON", enable_access_log=False)
@@ -277,7 +277,7 @@ def cold(a: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 
 def _model() -> str:
     """URI of a model of 64 bits on the S3 server."""
-    import growth_world
+    from tests.worlds import reindex as growth_world
 
     return growth_world.committed_model("s3://hashdist/artefacts", 64).uri
 

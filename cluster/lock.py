@@ -2,7 +2,7 @@
 
 Entries are taken or left whole and no hash is touched, so `pip install --require-hashes` still checks every byte of the
 image. Left out is what only the tests and checks of the project need, and, for machines without a GPU, what torch loads
-on a GPU only. tests/unit/test_cluster.py holds both lists against the metadata of what is installed.
+on a GPU only. tests/deploy/test_cluster.py holds both lists against the metadata of what is installed.
 """
 
 import re

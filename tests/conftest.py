@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import REPOSITORY
+
+pytest_plugins = ["tests.worlds.features"]
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # tests wait for what workers report
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = REPOSITORY.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")

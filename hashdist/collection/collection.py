@@ -222,7 +222,7 @@ def _folder_rows(files: list[Entry]) -> tuple[pa.Table, dict[str, int]]:
 
 
 def _salts(ids: NDArray[np.int64], keys_at: Any, all_keys: Any) -> dict[str, int]:
-    """Salts that make the ids of all keys distinct (design: on a collision the later key takes the next salt).
+    """Salts that make the ids of all keys distinct (S2: on a collision the later key takes the next salt).
 
     Args:
         ids: of all rows, without salts.

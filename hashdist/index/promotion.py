@@ -4,7 +4,7 @@ A gate looks at the served and the proposed version before the commit. Where it 
 committed with its report in `gate`. Where it does not, what is committed is a version with the served content
 unchanged, whose `candidate` holds the proposed content, the report, and the version it was made upon; the caller gets
 `Refused`. So one commit either switches everything or nothing, and nothing that was encoded is thrown away. A
-candidate leaves by `promote`, by `discard`, or when a later proposal passes (design decision 13).
+candidate leaves by `promote`, by `discard`, or when a later proposal passes (docs/decisions.md, H92).
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,6 @@
 """Backbones as they are run on a whole collection: fast, and with features that do not depend on the neighbours.
 
-What decides the speed on a CPU (measured by benchmarks/inference.py; decision 10 of docs/decisions.md):
+What decides the speed on a CPU (measured by benchmarks/inference.py; docs/decisions.md, S10):
 
 - batch norm is folded into the convolutions, memory is channels-last;
 - the batch is cut so small that the largest activation stays below 32 MiB. glibc returns larger blocks to the

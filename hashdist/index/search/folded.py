@@ -1,7 +1,7 @@
 """Folded codes: every distinct code once, with the ids of its rows. Fewer codes to look at where codes collide.
 
 Trained codes of few bits collide: a collection has fewer distinct codes than rows. Folded, a search looks at each
-distinct code once (design decision 3). Distinct codes are numbered in the order of their smallest live id. So the k
+distinct code once (decision H104). Distinct codes are numbered in the order of their smallest live id. So the k
 distinct codes that are first by (distance, number) are all that is needed: a row that belongs among the first k at
 the last distance has fewer than k such codes before its own, since each of these has a row before it.
 

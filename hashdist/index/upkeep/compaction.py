@@ -6,7 +6,7 @@ need. A tombstone of version v applies to the shards of earlier versions, so two
 shards are one file afterwards.
 
 A new shard joins with the version that was planned upon, since its rows are those that lived in that version: every
-tombstone of a later version hides them too. Decision 13 asks for more: if another writer was first, the plan stands
+tombstone of a later version hides them too. Decision S13 asks for more: if another writer was first, the plan stands
 only where that one left alone what it was made from (inputs, tombstones, salts, model) and hid none of the rows.
 Otherwise nothing of it is committed, and a new one is made upon the winner. Appends, and deletes elsewhere, commute.
 

@@ -62,7 +62,7 @@ def candidate_of(version: Version, uri: str) -> dict[str, Any]:
     """The candidate that waits in a version. Raises NotFound."""
     found: dict[str, Any] | None = version.manifest.get("candidate")
     if found is None:
-        raise NotFound(f"{uri}, version {version.number}: no candidate waits; one does after a gate did not pass")
+        raise NotFound(f"{uri}, version {version.number}: no candidate waits; the gate leaves one when it refuses")
     return found
 
 

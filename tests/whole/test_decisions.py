@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-DECISIONS = ROOT / "docs" / "decisions.md"
+from tests import REPOSITORY
+
+DECISIONS = REPOSITORY / "docs" / "decisions.md"
 FOLDERS = ("benchmarks", "cluster", "docs", "hashdist", "jobs", "k8s", "tests")
 SUFFIXES = (".md", ".py", ".sh", ".yaml", ".yml")
 
@@ -47,9 +48,9 @@ def dangling(text: str, known: dict[str, str]) -> list[str]:
 
 def texts() -> Iterator[tuple[Path, str]]:
     """Every text of the repository that may cite, this file aside."""
-    for path in [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]:
+    for path in [*REPOSITORY.glob("*.md"), *(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*"))]:
         if path.suffix in SUFFIXES and path != Path(__file__).resolve():
-            yield path.relative_to(ROOT), path.read_text()
+            yield path.relative_to(REPOSITORY), path.read_text()
 
 
 def test_every_entry_has_a_subject_and_a_number_of_its_own() -> None:
@@ -68,7 +69,7 @@ def test_every_citation_leads_to_an_entry() -> None:
 def test_every_document_that_is_named_exists() -> None:
     named = {(str(path), name) for path, text in texts() for name in DOCUMENT.findall(text)}
     assert len(named) > 30
-    assert [(path, name) for path, name in sorted(named) if not (ROOT / name).exists()] == []
+    assert [(path, name) for path, name in sorted(named) if not (REPOSITORY / name).exists()] == []
 
 
 @pytest.mark.parametrize("text", ["(H999)", "design decision 13", "see D4, S12 and H9.", "decisions 3 and 4"])

@@ -15,7 +15,8 @@ import time
 import numpy as np
 import torch
 
-from hashdist.ground.ranges import blocks, epoch_batches
+from hashdist.ground.permutation import epoch_batches
+from hashdist.ground.ranges import blocks
 from hashdist.methods import ddh
 from hashdist.methods.contract import Batch, Graph, Place, TrainingData
 from hashdist.methods.parts.communicator import SingleProcess

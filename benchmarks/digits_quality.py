@@ -24,7 +24,8 @@ from hashdist.methods.contract import Graph, TrainingData, find_method
 from hashdist.methods.parts.communicator import SingleProcess
 from hashdist.models.training import train
 from hashdist.nearest import scan
-from hashdist.nearest.cosine import initial_similarity, inverted_lists, self_nearest, symmetric
+from hashdist.nearest.cosine import self_nearest
+from hashdist.nearest.shared import initial_similarity, inverted_lists, symmetric
 
 BITS = 32
 

@@ -18,7 +18,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.nearest.cosine import Lists, initial_similarity, inverted_lists, score_error, self_nearest, symmetric
+from hashdist.nearest.cosine import Lists, score_error, self_nearest
+from hashdist.nearest.shared import initial_similarity, inverted_lists, symmetric
 
 _CHECKED_ROWS = 500
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hashdist.ground.ranges import permutation
+from hashdist.ground.permutation import permutation
 from hashdist.ground.settings import TrainSettings
 from hashdist.methods.contract import Graph, TrainingData, deep_method, find_method, method_settings
 from hashdist.methods.parts.communicator import SingleProcess

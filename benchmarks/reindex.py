@@ -44,8 +44,8 @@ from hashdist.ground.settings import (
 from hashdist.index import create_index, open_index
 from hashdist.index.shards.shard import Rows, write_shard
 from hashdist.reindex import find as stage
+from hashdist.reindex.costs import Costs
 from hashdist.reindex.difference import Spill
-from hashdist.reindex.find import Costs
 from hashdist.reindex.inventory import LISTED
 from hashdist.store import Entry
 from hashdist.store.local import LocalStore

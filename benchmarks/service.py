@@ -57,9 +57,10 @@ from hashdist.ground.settings import ClusterSettings, IndexSettings, ServiceSett
 from hashdist.index import Index, open_index  # noqa: E402
 from hashdist.index.shards.shard import parts  # noqa: E402
 from hashdist.service.api import SearchRequest  # noqa: E402
-from hashdist.service.app import _on_own_address, application  # noqa: E402
+from hashdist.service.app import application  # noqa: E402
 from hashdist.service.limits import Border  # noqa: E402
-from hashdist.stages.cluster import session  # noqa: E402
+from hashdist.service.ray_internals import on_own_address  # noqa: E402
+from hashdist.stages.cluster import metrics, session  # noqa: E402
 from tests.worlds.load import slope, under_load, watched  # noqa: E402
 from tests.worlds.service import ServiceWorld, ask, free_port, serving  # noqa: E402
 
@@ -85,8 +86,8 @@ class Constant:
     """The route of a search, with all that stands around it, and a body that is there already."""
 
     def __init__(self, body: bytes) -> None:
-        _on_own_address()
-        telemetry.set_sink(session.RaySink())
+        on_own_address()
+        telemetry.set_sink(metrics.RaySink())
         self._body = body
 
     def __serve_build_asgi_app__(self) -> Border:
@@ -104,7 +105,7 @@ class Bare:
     """The body, and nothing else."""
 
     def __init__(self, body: bytes) -> None:
-        _on_own_address()
+        on_own_address()
         self._body = body
 
     def __serve_build_asgi_app__(self) -> FastAPI:

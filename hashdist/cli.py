@@ -20,15 +20,13 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from hashdist import __version__
-from hashdist.ground import telemetry
+from hashdist.ground import exporting
 from hashdist.ground.errors import HashdistError, InvalidInput
-from hashdist.ground.progress import plain, say
-from hashdist.ground.settings import (
+from hashdist.ground.options import (
     CompactOptions,
     CompareOptions,
     ConvertOptions,
     DedupOptions,
-    MetricsSettings,
     PromoteOptions,
     ProtocolCheckOptions,
     ProtocolOptions,
@@ -38,11 +36,12 @@ from hashdist.ground.settings import (
     ReportOptions,
     RollbackOptions,
     SearchOptions,
-    Settings,
     StorageOptions,
     TagOptions,
     VacuumOptions,
 )
+from hashdist.ground.progress import plain, say
+from hashdist.ground.settings import MetricsSettings, Settings
 
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process that a job was submitted to run."""
@@ -82,7 +81,7 @@ COMMANDS = {
     "train": _stage("train", "train a hash function", short="train"),
     "encode": _stage("encode", "codes of the whole collection"),
     "index build": _stage("index", "build the sharded index from the codes"),
-    "index log": Command("the versions of an index", "hashdist.commands.protocol:index_log"),
+    "index log": Command("the versions of an index", "hashdist.commands.index:index_log"),
     "index tag": Command(
         "name a version, which then stays", "hashdist.commands.index:index_tag", options=TagOptions, first="name"
     ),
@@ -92,9 +91,9 @@ COMMANDS = {
         options=RollbackOptions,
     ),
     "index promote": Command(
-        "serve the candidate that waits", "hashdist.commands.protocol:index_promote", options=PromoteOptions
+        "serve the candidate that waits", "hashdist.commands.index:index_promote", options=PromoteOptions
     ),
-    "index discard": Command("drop the candidate that waits", "hashdist.commands.protocol:index_discard"),
+    "index discard": Command("drop the candidate that waits", "hashdist.commands.index:index_discard"),
     "index verify": Command("read and check every byte of every kept version", "hashdist.commands.index:index_verify"),
     "index vacuum": Command(
         "expire old versions, and delete what nothing needs",
@@ -111,7 +110,7 @@ COMMANDS = {
         first="keys",
     ),
     "search": Command("search by image, key or code", "hashdist.commands.search:run", options=SearchOptions),
-    "dedup": Command("clusters of near-duplicates", "hashdist.commands.protocol:dedup", options=DedupOptions),
+    "dedup": Command("clusters of near-duplicates", "hashdist.commands.dedup:dedup", options=DedupOptions),
     "evaluate": _stage("evaluate", "mAP, precision and recall by a protocol"),
     "compare": Command(
         "methods x code lengths x seeds on one protocol: tables and figures",
@@ -143,7 +142,7 @@ COMMANDS = {
     ),
     "storage check": Command(
         "prove what a store must do to be written to",
-        "hashdist.commands.index:storage_check",
+        "hashdist.commands.storage:storage_check",
         options=StorageOptions,
         first="uri",
     ),
@@ -215,7 +214,7 @@ def _observed(settings: Settings) -> AbstractContextManager[object]:
         distributed = importlib.import_module("hashdist.stages.cluster.session")
         session: AbstractContextManager[object] = distributed.observed_session(settings)
         return session
-    return telemetry.exported(settings.metrics)
+    return exporting.exported(settings.metrics)
 
 
 def parse(name: str, words: Sequence[str]) -> tuple[Settings, Any]:

@@ -25,9 +25,10 @@ from hashdist.evaluation.protocols import identity as protocol_identity
 from hashdist.evaluation.protocols import needs_labels
 from hashdist.ground.bits import check_bits
 from hashdist.ground.errors import InvalidInput
+from hashdist.ground.options import CompareOptions
 from hashdist.ground.progress import say
 from hashdist.ground.schema import from_vectors
-from hashdist.ground.settings import CompareOptions, Settings
+from hashdist.ground.settings import Settings
 from hashdist.methods.contract import find_method, settings_text
 from hashdist.models.checkpoints import finite
 from hashdist.stages import pipeline

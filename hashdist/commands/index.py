@@ -3,27 +3,27 @@
 Without Ray.
 """
 
+import importlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from hashdist.commands.protocol import index_of
 from hashdist.ground import telemetry
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.settings import (
+from hashdist.ground.options import (
     CompactOptions,
+    PromoteOptions,
     RollbackOptions,
-    Settings,
-    StorageOptions,
     TagOptions,
     VacuumOptions,
 )
-from hashdist.index import Index
+from hashdist.ground.settings import Settings
+from hashdist.index import Index, open_index
 from hashdist.index.manifest import ranges
+from hashdist.index.promotion import discard, promote
 from hashdist.index.upkeep import lineage, retention, verification
 from hashdist.index.upkeep.compaction import compact
 from hashdist.store import open_store
-from hashdist.store.check import Check, check
 
 _SHOWN_FAULTS = 50
 
@@ -156,27 +156,45 @@ def _listed(numbers: Iterable[int]) -> str:
     return f" {runs}" if runs else ""
 
 
-def storage_check(settings: Settings, options: StorageOptions) -> dict[str, Any]:
-    """Try what commits rest upon; exit code 2 for a store that must not be written to."""
-    uri = options.uri or settings.root
-    if not uri:
-        raise InvalidInput("a store is required, found none; use `hashdist storage check URI`")
-    store = open_store(uri)
-    checks = check(store)
-    fit = all(one.passed for one in checks if one.required)
-    verdict = "fit for commits" if fit else "NOT fit for commits, hashdist refuses to write there"
-    lines = [f"{_mark(one)}  {one.name:<18}  {one.text}" for one in checks]
-    return {
-        "store": store.uri,
-        "fit": fit,
-        "conditional_create": next(bool(one.passed) for one in checks if one.name == "conditional create"),
-        "checks": [one._asdict() for one in checks],
-        "exit_code": 0 if fit else 2,
-        "text": "\n".join([f"{store.uri}: {verdict}", *lines]),
-    }
+def index_of(settings: Settings, version: int | str = 0, *, candidate: bool = False) -> Index:
+    """The index that the settings name, at `version` (a number or tag; 0 = the newest), or its candidate.
+
+    Raises InvalidInput where they name none.
+    """
+    if not settings.index.uri and not settings.root:
+        raise InvalidInput(
+            "an index is required, found none; give --index.uri URI, or --root URI and --index.name NAME"
+        )
+    return open_index(settings.index.location(settings.root), version=version or None, candidate=candidate)
 
 
-def _mark(one: Check) -> str:
-    if one.passed is None:
-        return "  -   "
-    return "  ok  " if one.passed else ("FAILED" if one.required else " note ")
+def index_log(settings: Settings) -> dict[str, Any]:
+    """Every version of an index: number, time, rows, shards, what made it, tags, whether it is expired."""
+    index = index_of(settings)
+    versions = index.log()
+    lines = [
+        f"{v['version']:>6}  {v['created_at']}  {v['rows']:>12} rows  {v['shards']:>5} shards  {v['operation']}"
+        + "".join(f"  [{tag}]" for tag in v["tags"])
+        + ("  (vacuumed)" if v["expired"] else "")
+        for v in versions
+    ]
+    return {"index": index.uri, "versions": versions, "text": "\n".join([index.uri, *lines])}
+
+
+def index_promote(settings: Settings, options: PromoteOptions) -> dict[str, Any]:
+    """Serve the candidate that waits: if it passes the gate by the limits of these settings, or by force."""
+    index = index_of(settings)
+    # brings torch with it, which a promotion by force does without
+    gate = None if options.force else importlib.import_module("hashdist.evaluation.gate").for_candidate(settings, index)
+    version = promote(index, gate, force=options.force, reason=options.reason)
+    forced = index.manifest.get("forced")
+    how = f"by force, without {', '.join(forced['failed'])}" if forced else "the gate has passed"
+    text = f"{index.uri}: version {version} serves the candidate: {how}; `hashdist index rollback` undoes it"
+    return {"index": index.uri, "version": version, "rows": index.rows, "forced": forced, "text": text}
+
+
+def index_discard(settings: Settings) -> dict[str, Any]:
+    """Drop the candidate that waits; what is served stays."""
+    index = index_of(settings)
+    version = discard(index)
+    return {"index": index.uri, "version": version, "text": f"{index.uri}: version {version} has no candidate"}

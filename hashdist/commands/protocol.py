@@ -9,70 +9,11 @@ import pyarrow as pa
 from hashdist.evaluation import datasets, protocols
 from hashdist.ground.errors import InvalidInput, NotFound
 from hashdist.ground.ids import assign_salts, image_ids
+from hashdist.ground.options import ConvertOptions, ProtocolCheckOptions, ProtocolOptions
 from hashdist.ground.schema import OK
-from hashdist.ground.settings import (
-    ConvertOptions,
-    DedupOptions,
-    PromoteOptions,
-    ProtocolCheckOptions,
-    ProtocolOptions,
-    Settings,
-)
-from hashdist.index import Index, open_index
-from hashdist.index.promotion import discard, promote
+from hashdist.ground.settings import Settings
 from hashdist.store.commit import Artefact
 from hashdist.store.vectors import read_vectors
-
-
-def index_of(settings: Settings, version: int | str = 0, *, candidate: bool = False) -> Index:
-    """The index that the settings name, at `version` (a number or tag; 0 = the newest), or its candidate.
-
-    Raises InvalidInput where they name none.
-    """
-    if not settings.index.uri and not settings.root:
-        raise InvalidInput(
-            "an index is required, found none; give --index.uri URI, or --root URI and --index.name NAME"
-        )
-    return open_index(settings.index.location(settings.root), version=version or None, candidate=candidate)
-
-
-def index_log(settings: Settings) -> dict[str, Any]:
-    """Every version of an index: number, time, rows, shards, what made it, tags, whether it is expired."""
-    index = index_of(settings)
-    versions = index.log()
-    lines = [
-        f"{v['version']:>6}  {v['created_at']}  {v['rows']:>12} rows  {v['shards']:>5} shards  {v['operation']}"
-        + "".join(f"  [{tag}]" for tag in v["tags"])
-        + ("  (vacuumed)" if v["expired"] else "")
-        for v in versions
-    ]
-    return {"index": index.uri, "versions": versions, "text": "\n".join([index.uri, *lines])}
-
-
-def index_promote(settings: Settings, options: PromoteOptions) -> dict[str, Any]:
-    """Serve the candidate that waits: if it passes the gate by the limits of these settings, or by force."""
-    index = index_of(settings)
-    # brings torch with it, which a promotion by force does without
-    gate = None if options.force else importlib.import_module("hashdist.evaluation.gate").for_candidate(settings, index)
-    version = promote(index, gate, force=options.force, reason=options.reason)
-    forced = index.manifest.get("forced")
-    how = f"by force, without {', '.join(forced['failed'])}" if forced else "the gate has passed"
-    text = f"{index.uri}: version {version} serves the candidate: {how}; `hashdist index rollback` undoes it"
-    return {"index": index.uri, "version": version, "rows": index.rows, "forced": forced, "text": text}
-
-
-def index_discard(settings: Settings) -> dict[str, Any]:
-    """Drop the candidate that waits; what is served stays."""
-    index = index_of(settings)
-    version = discard(index)
-    return {"index": index.uri, "version": version, "text": f"{index.uri}: version {version} has no candidate"}
-
-
-def dedup(settings: Settings, options: DedupOptions) -> dict[str, Any]:
-    """Write the clusters of near-duplicates of an index to a file."""
-    from hashdist.stages import dedup as stage  # brings Ray along
-
-    return stage.run(index_of(settings), options, settings.cluster)
 
 
 def protocol_make(settings: Settings, options: ProtocolOptions) -> dict[str, Any]:

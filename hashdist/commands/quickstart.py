@@ -18,8 +18,9 @@ from sklearn.datasets import load_digits
 
 from hashdist.commands import report
 from hashdist.ground.errors import AlreadyExists
+from hashdist.ground.options import QuickstartOptions
 from hashdist.ground.progress import say
-from hashdist.ground.settings import QuickstartOptions, Settings
+from hashdist.ground.settings import Settings
 from hashdist.index import Index, open_index
 from hashdist.reindex import run as reindex_run
 from hashdist.stages import pipeline

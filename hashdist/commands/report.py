@@ -21,11 +21,12 @@ from threadpoolctl import threadpool_limits
 
 from hashdist.collection.collection import open_collection
 from hashdist.collection.decode import BadImage
-from hashdist.commands.search import picture_tag
-from hashdist.evaluation import figures
+from hashdist.commands.pictures import picture_tag
+from hashdist.evaluation import figures, statistics
 from hashdist.ground import bits, schema
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.settings import ReportOptions, Settings
+from hashdist.ground.options import ReportOptions
+from hashdist.ground.settings import Settings
 from hashdist.index import Index, open_index
 from hashdist.models.gradcam import grad_cam
 from hashdist.models.model import build_head, pixels
@@ -220,7 +221,7 @@ def code_facts(codes_NW: NDArray[np.uint8]) -> list[list[str]]:
     n, sharing = len(codes_NW), _sharing(codes_NW)
     signs_NL = bits.signs(codes_NW[_sampled(codes_NW, _STATISTICS_ROWS)])
     share = (signs_NL > 0).mean(0)
-    off = np.abs(figures.bit_correlation(signs_NL))[~np.eye(len(share), dtype=bool)]
+    off = np.abs(statistics.bit_correlation(signs_NL))[~np.eye(len(share), dtype=bool)]
     p = sharing / n
     pairs = float((sharing * (sharing - 1)).sum() / max(1, n * (n - 1)))
     return [
@@ -235,7 +236,7 @@ def code_facts(codes_NW: NDArray[np.uint8]) -> list[list[str]]:
             "entropy of the codes",
             f"{float(-(p * np.log2(p)).sum()):.2f} bits (at most {np.log2(n):.2f} for so many images)",
         ],
-        ["entropy of a bit", f"{figures.bit_entropy(share).mean():.4f} bits on average"],
+        ["entropy of a bit", f"{statistics.bit_entropy(share).mean():.4f} bits on average"],
         [
             "balance: |share of ones - 1/2|",
             f"{np.abs(share - 0.5).mean():.4f} on average, {np.abs(share - 0.5).max():.4f} at most",

@@ -1,9 +1,7 @@
 """`hashdist search`: one query or many, by image, key or code; nearest images or all within a radius."""
 
-import base64
 import html
 import importlib
-import io
 import json
 import sys
 import time
@@ -14,16 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from hashdist.collection.collection import Collection, open_collection
-from hashdist.collection.decode import BadImage, decode
-from hashdist.commands.protocol import index_of
+from hashdist.collection.collection import Collection
+from hashdist.commands.index import index_of
+from hashdist.commands.pictures import open_pictures, picture_tag, picture_uri
 from hashdist.ground.errors import InvalidInput, NotFound
-from hashdist.ground.settings import SearchOptions, Settings
+from hashdist.ground.options import SearchOptions
+from hashdist.ground.settings import Settings
 from hashdist.index import Index
-from hashdist.index.search import engines, filters
-from hashdist.store.base import joined
+from hashdist.index.search import engines
+from hashdist.index.search import where as where_module
 
 Codes = NDArray[np.uint8]
 
@@ -191,7 +189,7 @@ def _answers(
     if options.exclude_self and not any(query.key for query in queries):
         raise InvalidInput("--exclude-self is for searches by --key (or keys in --queries)")
     codes_QW = np.stack([query.code for query in queries])
-    where = filters.parse(options.where) if options.where else None
+    where = where_module.parse(options.where) if options.where else None
     if options.radius >= 0:
         if options.rerank:
             raise InvalidInput("--rerank orders the nearest images; leave --radius or --rerank out")
@@ -257,42 +255,6 @@ def _drawn(index: Index, count: int) -> Codes:
         codes.append(shard.codes[np.setdiff1d(here, view.dead_rows(number))])
         first += shard.rows
     return np.concatenate(codes)
-
-
-# Pictures
-
-
-def open_pictures(index: Index) -> Collection | None:
-    """The collection that the index was built from; None where none is named or it is not there any more."""
-    if not index.collection_uri:
-        return None
-    try:
-        return open_collection(index.collection_uri)
-    except NotFound:
-        return None
-
-
-def picture_uri(collection: Collection | None, key: str) -> str | None:
-    """Where a picture lies: FOLDER/KEY, or URI#KEY of a collection in parquet or tar files."""
-    if collection is None:
-        return None
-    manifest = collection.artefact.manifest()
-    folder = manifest["format"] == "folder"
-    return joined(manifest["base"], key) if folder else f"{manifest['uri']}#{key}"
-
-
-def picture_tag(data: bytes | None, side: int = 96) -> str:
-    """An <img> with the picture inside it, at most `side` pixels; empty where there is none to show."""
-    if data is None:
-        return ""
-    try:
-        image = Image.fromarray(decode(data))
-    except BadImage:
-        return ""
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
 
 
 def _sheet(index: Index, found: Sequence[dict[str, Any]], options: SearchOptions, collection: Collection | None) -> str:

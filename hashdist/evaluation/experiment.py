@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hashdist.evaluation import figures, ranking
+from hashdist.evaluation import ranking, statistics
 from hashdist.evaluation.classification import Part, classify
 from hashdist.evaluation.protocols import Split, parts_of, split
 from hashdist.ground import bits
@@ -32,10 +32,9 @@ from hashdist.methods.contract import (
     method_settings,
 )
 from hashdist.methods.parts.communicator import SingleProcess
-from hashdist.methods.parts.labels import similar_pairs
-from hashdist.models.sample import one_hot
+from hashdist.methods.parts.labels import one_hot, similar_pairs
 from hashdist.models.training import Checkpoint, train
-from hashdist.nearest import cosine, scan
+from hashdist.nearest import cosine, scan, shared
 from hashdist.stages.graph import sizes
 from hashdist.store.commit import Artefact
 from hashdist.store.vectors import read_vectors
@@ -256,14 +255,14 @@ class Frame:
         started = time.perf_counter()
         k1, k2 = sizes(chosen, len(self.split.train), "the training set")
         near = cosine.self_nearest(self.sample, k1, threads=self.threads).rows_MK
-        inverted = cosine.inverted_lists(near)
-        similarity = cosine.initial_similarity if chosen.rule == "and" else cosine.union_similarity
+        inverted = shared.inverted_lists(near)
+        similarity = shared.initial_similarity if chosen.rule == "and" else shared.union_similarity
         plain = similarity(near, inverted, k2, threads=self.threads)
-        w = cosine.symmetric(plain, chosen.symmetrize)
+        w = shared.symmetric(plain, chosen.symmetrize)
         about: dict[str, Any] = {"rule": chosen.rule, "k1": k1, "k2": k2, "seconds": time.perf_counter() - started}
         if self.labels is not None:
             every = np.arange(len(near) + 1, dtype=np.int64) * k1
-            lists = cosine.Sparse(every, near.ravel())
+            lists = shared.Sparse(every, near.ravel())
             about["agreement"] = {
                 name: edge_agreement(edges, self.labels)
                 for name, edges in (("neighbours", lists), ("graph", plain), ("symmetric graph", w))
@@ -340,13 +339,13 @@ def code_statistics(codes_NW: Codes) -> dict[str, float]:
     off = ~np.eye(len(share), dtype=bool)
     return {
         "imbalance": float(np.abs(share - 0.5).mean()),
-        "entropy": float(figures.bit_entropy(share).mean()),
-        "correlation": float(np.abs(figures.bit_correlation(signs_NL)[off]).mean()),
+        "entropy": float(statistics.bit_entropy(share).mean()),
+        "correlation": float(np.abs(statistics.bit_correlation(signs_NL)[off]).mean()),
         "distinct": len(np.unique(codes_NW, axis=0)) / len(codes_NW),
     }
 
 
-def edge_agreement(edges: cosine.Sparse, labels_NC: NDArray[np.bool_]) -> dict[str, float]:
+def edge_agreement(edges: shared.Sparse, labels_NC: NDArray[np.bool_]) -> dict[str, float]:
     """How well listed pairs (i, j), i != j, share a label (DDH, Fig 2): precision, recall, and pairs per row."""
     rows = np.repeat(np.arange(len(edges.indptr) - 1), np.diff(edges.indptr))
     right = 0

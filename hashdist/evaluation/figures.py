@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from hashdist.evaluation.statistics import bit_correlation, bit_entropy
+
 COLOURS = ("#1d4e89", "#d1495b", "#2a9d4a", "#e9a23b", "#7b4ea3", "#3aa6b9", "#8c6d46", "#d36ba6", "#6b7280", "#9aae2c")
 _MARKERS = "osD^vP*Xhd"
 _NOT_LOSS = {"seconds", "images_per_s"}
@@ -120,23 +122,6 @@ def codes(signs_NL: NDArray[np.floating], sharing: NDArray[np.integer]) -> Figur
     collisions.loglog(images, count, "o", color=COLOURS[4], markersize=3)
     collisions.set(xlabel="images with one code", ylabel="codes", title="collisions")
     return figure
-
-
-def bit_entropy(share_L: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Entropy in bits of bits with these shares of ones."""
-    inside = np.clip(np.asarray(share_L, np.float64), 1e-300, 1)
-    outside = np.clip(1 - np.asarray(share_L, np.float64), 1e-300, 1)
-    entropy: NDArray[np.float64] = -(inside * np.log2(inside) + outside * np.log2(outside))
-    return entropy
-
-
-def bit_correlation(signs_NL: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Pearson correlation [L, L] between bits; 0 beside a bit that is the same everywhere."""
-    centred = signs_NL - signs_NL.mean(0, dtype=np.float64)
-    spread = np.sqrt((centred**2).mean(0))
-    matrix: NDArray[np.float64] = centred.T @ centred / len(centred)
-    scale = np.outer(spread, spread)
-    return np.where(scale > 1e-12, matrix / np.maximum(scale, 1e-12), 0.0)
 
 
 def scatter(points_N2: NDArray[np.floating], classes_N: Sequence[int | None], title: str = "") -> Figure:

@@ -36,7 +36,7 @@ from hashdist.ground.progress import say
 from hashdist.ground.schema import OK, from_vectors
 from hashdist.ground.settings import GateSettings, Settings
 from hashdist.index import Index
-from hashdist.index.promotion import Gate
+from hashdist.index.candidate import Gate
 from hashdist.index.view import Places, View
 from hashdist.methods import lsh
 from hashdist.models.model import DECISIVE, Model, check_features, load_model

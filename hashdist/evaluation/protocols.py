@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 
 from hashdist.ground.errors import AlreadyExists, InvalidInput
 from hashdist.ground.ids import assign_salts, image_ids
-from hashdist.ground.ranges import mix64
+from hashdist.ground.permutation import mix64
 from hashdist.store import Store, open_store
 
 Labels = Sequence[Sequence[int] | None] | NDArray[np.integer]

@@ -16,13 +16,13 @@ from hashdist.ground import telemetry
 from hashdist.ground.bits import check_bits
 from hashdist.ground.errors import AlreadyExists, Conflict, InvalidInput, NotFound
 from hashdist.ground.ranges import blocks
-from hashdist.index import promotion
+from hashdist.index import candidate as candidate_module
+from hashdist.index.candidate import Gate
 from hashdist.index.change import Applied, Change, OnExisting, Plan, checked_columns, checked_keys, some
 from hashdist.index.manifest import CONTENT, files, first, is_expired, resolve, rewritten, stamped, successor
 from hashdist.index.notes import FOLDER, MOST_FILES, SEEN, SUFFIX, last_of_each, read_seen, write_seen
-from hashdist.index.promotion import Gate
-from hashdist.index.search import filters
 from hashdist.index.search import rerank as second_stage
+from hashdist.index.search import where as where_module
 from hashdist.index.search.engines import Engine, find_engine
 from hashdist.index.search.filters import Filter
 from hashdist.index.search.rerank import unit_rows
@@ -75,7 +75,7 @@ def open_index(uri: str, version: int | str | None = None, *, candidate: bool = 
         record = rewritten(log.read(number).manifest, newest.manifest)
         return Index(log, Version(number, dict(record)), writable=False)
     if candidate:
-        return Index(log, promotion.as_content(newest, log.uri), writable=False)
+        return Index(log, candidate_module.as_content(newest, log.uri), writable=False)
     return Index(log, newest)
 
 
@@ -467,7 +467,7 @@ class Index:
                 self._advance(view)
                 return None
             if gate is not None:
-                record = promotion.gated(view, record, gate)
+                record = candidate_module.gated(view, record, gate)
             try:
                 version = self._log.commit(record, view.number)
             except CommitLost:
@@ -476,7 +476,7 @@ class Index:
                 continue
             self._advance(View(self._log, version, view))
             if gate is not None and "candidate" in record:
-                raise promotion.refused(self.uri, record["candidate"]["gate"])
+                raise candidate_module.refused(self.uri, record["candidate"]["gate"])
             return version.number
         raise Conflict(f"{self.uri}: other writers were first in {_TRIES} tries; run again when it is quieter")
 
@@ -600,4 +600,4 @@ def _model(model: str | None) -> tuple[str | None, str | None]:
 
 
 def _filter(where: Filter | str | None) -> Filter | None:
-    return filters.parse(where) if isinstance(where, str) else where
+    return where_module.parse(where) if isinstance(where, str) else where

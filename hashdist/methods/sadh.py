@@ -36,8 +36,8 @@ from torch.nn import functional
 
 from hashdist.ground.bits import check_bits
 from hashdist.ground.errors import InvalidInput
+from hashdist.ground.permutation import epoch_batches
 from hashdist.ground.progress import say
-from hashdist.ground.ranges import epoch_batches
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place
 from hashdist.methods.parts.labels import label_sets

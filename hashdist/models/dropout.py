@@ -103,7 +103,7 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser in wrapping int64 arithmetic, as hashdist.ground.ranges.mix64 in uint64."""
+    """SplitMix64's finaliser in wrapping int64 arithmetic, as hashdist.ground.permutation.mix64 in uint64."""
     x = x + _GOLDEN
     x = (x ^ _shifted(x, 30)) * _MIX1
     x = (x ^ _shifted(x, 27)) * _MIX2

@@ -18,6 +18,7 @@ from hashdist.ground.errors import Corrupt, InvalidInput
 from hashdist.ground.threads import in_order
 from hashdist.methods.contract import Graph, TrainingData
 from hashdist.methods.parts.communicator import Communicator
+from hashdist.methods.parts.labels import one_hot
 from hashdist.models.networks import Preprocess
 from hashdist.store.commit import Artefact, read_file, read_table
 
@@ -60,15 +61,6 @@ def sample_labels(graph: Artefact) -> NDArray[np.bool_] | None:
     """bool [n, C] of the images that the graph is made of; None where there are none."""
     entry = graph.manifest()["files"].get("labels")
     return one_hot(read_table(graph.store, entry, ["labels"])["labels"].to_pylist()) if entry else None
-
-
-def one_hot(labels: list[list[int] | None]) -> NDArray[np.bool_]:
-    """bool [n, C] of the labels of each image, C being the largest label and one; no label: a row of False."""
-    classes = 1 + max((label for row in labels for label in row or []), default=-1)
-    table = np.zeros((len(labels), classes), np.bool_)
-    for row, given in enumerate(labels):
-        table[row, given or []] = True
-    return table
 
 
 def cache_images(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hashdist.ground import telemetry
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.ranges import epoch_batches, rank_slice
+from hashdist.ground.permutation import epoch_batches, rank_slice
 from hashdist.ground.settings import TrainSettings
 from hashdist.methods.contract import (
     Batch,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, no_type_check
 import numpy as np
 from numpy.typing import NDArray
 
-from hashdist.ground.ranges import mix64
+from hashdist.ground.permutation import mix64
 from hashdist.nearest.kernel import differing, kernel
 
 Edges = NDArray[np.int64]

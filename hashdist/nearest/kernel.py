@@ -1,10 +1,6 @@
 """Functions compiled by numba, without the interpreter's lock, for threads of our own; and those threads."""
 
-import itertools
-import os
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any, no_type_check
 
 import numpy as np
@@ -22,54 +18,6 @@ def kernel(function: Callable[..., Any]) -> Any:
         if "no locator available" not in str(error):
             raise
         return njit(nogil=True)(function)
-
-
-# Threads
-
-
-_pool_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(cores(), thread_name_prefix="hashdist-scan")
-        return _pool
-
-
-def _forget_pool() -> None:
-    """A forked child has none of the parent's threads."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def spread(tasks: Iterable[Callable[[], Any]], threads: int) -> list[Any]:
-    """Results of the tasks, in order, by so many threads; this one is one of them and waits for none to start."""
-    todo = list(tasks)
-    results: list[Any] = [None] * len(todo)
-    numbers = itertools.count()
-
-    def work() -> None:
-        while (number := next(numbers)) < len(todo):
-            results[number] = todo[number]()
-
-    helpers = [_threads().submit(work) for _ in range(min(threads or cores(), len(todo)) - 1)]
-    work()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
-    return results
 
 
 # Words of codes

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ranges import blocks
+from hashdist.ground.threads import cores, spread
 from hashdist.nearest.kernel import (
     AS_ID,
     address,
-    cores,
     differing,
     is_dead,
     kernel,
@@ -33,7 +33,6 @@ from hashdist.nearest.kernel import (
     narrow,
     plus,
     prefetch,
-    spread,
 )
 
 _BLOCK = 512  # codes looked at together: 4 KiB of 64-bit codes

@@ -15,8 +15,7 @@ again.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -24,113 +23,49 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from hashdist.collection.collection import (
-    KIND,
+from hashdist.collection.collection import KIND, Plan
+from hashdist.collection.listing import (
     Format,
     Listing,
-    Plan,
     chosen_format,
-    extended,
     kinds_of,
     named_store,
-    numbered,
     reading_options,
-    salted,
     split_file,
 )
+from hashdist.collection.readers.folder import FolderReader
+from hashdist.collection.readers.parquet import ParquetReader
 from hashdist.collection.readers.reader import (
     SCANNED,
-    UNREADABLE,
-    FolderReader,
-    Lost,
-    ParquetReader,
     Reader,
-    TarReader,
-    content_digest,
     is_hidden,
     source_stamp,
 )
-from hashdist.collection.vectors import UNUSABLE
-from hashdist.ground import telemetry
+from hashdist.collection.readers.tar import TarReader
+from hashdist.collection.salts import salted
 from hashdist.ground.errors import HashdistError, InvalidInput
+from hashdist.ground.options import ReindexOptions
 from hashdist.ground.schema import OK
-from hashdist.ground.settings import CollectionSettings, ReindexOptions, Settings
-from hashdist.ground.telemetry import NO_TRAFFIC, Traffic
+from hashdist.ground.settings import CollectionSettings, Settings
 from hashdist.ground.threads import in_order
-from hashdist.index import Applied, Index
-from hashdist.index.notes import FOLDER, SEEN, SOURCES_SUFFIX, last_of_each, read_sources, write_sources
-from hashdist.index.promotion import Gate
+from hashdist.index import Index
+from hashdist.index.notes import read_sources
 from hashdist.index.view import View
 from hashdist.reindex import inventory
 from hashdist.reindex.difference import Difference, Spill, difference
 from hashdist.reindex.inventory import LISTED
 from hashdist.store import Entry, Store
-from hashdist.store.commit import Artefact, open_artefact
+from hashdist.store.commit import open_artefact
 
 if TYPE_CHECKING:  # brings torch with it, which a listing does without
-    from hashdist.models.model import Model
-
-COLUMNS = ["digest", "labels", "size", "stamp"]
-"""What a row keeps beside code, id and key."""
+    pass
+from hashdist.reindex.costs import AT_ONCE, Costs
 
 KNOWN = pa.schema([("digest", pa.string()), ("size", pa.int64()), ("stamp", pa.string())])
 """What of it a re-index compares."""
-
-SAMPLE = 32
-"""Images that are encoded first, to tell how long the others will take."""
-
-_NOT_FINITE = "not-finite"
 _SAMPLED_KEYS = 4096
 _SCANS = 4  # units of parquet files or tars read at once
-_AT_ONCE = 8192  # rows of the difference as Python values at a time
-
-
-# What it costs
-
-
-class Costs:
-    """Seconds, requests to stores and bytes of each phase of a run; a phase within another is counted on its own."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, dict[str, Any]] = {}
-        self._within: list[tuple[float, Traffic]] = [(0.0, NO_TRAFFIC)]
-
-    @contextmanager
-    def of(self, phase: str) -> Iterator[None]:
-        """Add what the block costs to a phase."""
-        started, before = time.perf_counter(), telemetry.traffic()
-        self._within.append((0.0, NO_TRAFFIC))
-        try:
-            yield
-        finally:
-            seconds, moved = time.perf_counter() - started, telemetry.traffic().since(before)
-            inner_seconds, inner = self._within.pop()
-            outer_seconds, outer = self._within.pop()
-            self._within.append((outer_seconds + seconds, outer.plus(moved)))
-            spent = moved.since(inner)
-            known = self.phases.setdefault(phase, {"seconds": 0.0, "requests": {}, "read": 0, "written": 0})
-            known["seconds"] += seconds - inner_seconds
-            known["requests"] = dict(Counter(known["requests"]) + spent.requests)
-            known["read"] += spent.read
-            known["written"] += spent.written
-
-    def line(self) -> str:
-        """All in one line."""
-        return "; ".join(
-            f"{name} {cost['seconds']:.2f} s, {sum(cost['requests'].values())} requests, {cost['read']} B read"
-            for name, cost in self.phases.items()
-        )
-
-    def lines(self) -> list[str]:
-        """A line for each phase."""
-        return [
-            f"{name:>8}  {cost['seconds']:8.2f} s  {sum(cost['requests'].values()):8} requests"
-            f"  {cost['read']:>12} B read  {cost['written']:>10} B written"
-            f"  {' '.join(f'{op} {count}' for op, count in sorted(cost['requests'].items()))}"
-            for name, cost in self.phases.items()
-        ]
 
 
 # Listing and diff
@@ -353,242 +288,20 @@ def _scan(found: Found, rows: Spill, salts: Mapping[str, int]) -> None:
     """Every image of the opened files, read once for its digest."""
     if found.files:
         reader = found.reader()
-        for table in in_order(reader.scan, reader.units(_AT_ONCE), _SCANS):
+        for table in in_order(reader.scan, reader.units(AT_ONCE), _SCANS):
             rows.add(salted(table, salts))
 
 
 def _format_of(view: View) -> str | None:
     """Format of the collection that the index was built from; None where none is known."""
-    manifest = _collection(view)
+    manifest = collection_of(view)
     return manifest["format"] if manifest else None
 
 
-def _collection(view: View) -> dict[str, Any] | None:
+def collection_of(view: View) -> dict[str, Any] | None:
+    """The manifest of the collection that an index was built from, if it is still there."""
     uri = view.manifest.get("collection")
     try:
         return open_artefact(uri, KIND).manifest() if uri else None
     except HashdistError:  # deleted, or never one of ours: it only tells the numbers of labels and the format
         return None
-
-
-# Encoding here
-
-
-ENCODED = pa.schema(
-    [
-        pa.field("key", pa.large_string()),
-        *(SCANNED.field(name) for name in ("digest", "labels", "size", "stamp", "names")),
-    ]
-)
-"""What is known of an image beside its code: `names` are labels given as text."""
-
-Row = dict[str, Any]
-
-
-@dataclass
-class Outcome:
-    """What has come of the images of a difference so far.
-
-    Attributes:
-        rows: ENCODED, of those that have a code.
-        codes: theirs, uint8 [n, W].
-        features: theirs, [n, D], where they are asked for.
-        notes: SEEN, about those that have no code, or need none.
-        failed: how many have none, by reason.
-    """
-
-    rows: list[pa.Table] = field(default_factory=list)
-    codes: list[NDArray[np.uint8]] = field(default_factory=list)
-    features: list[NDArray[Any]] = field(default_factory=list)
-    notes: list[Row] = field(default_factory=list)
-    failed: Counter[str] = field(default_factory=Counter)
-
-    def same(self, row: Row, digest: str) -> None:
-        """An image whose row is right as it is."""
-        self._note(row, digest, OK, None)
-
-    def bad(self, row: Row, digest: str | None, reason: str) -> None:
-        """An image that no code can be made of."""
-        slug = reason.partition(":")[0]
-        self.failed[slug] += 1
-        self._note(row, digest, UNUSABLE if slug == _NOT_FINITE else UNREADABLE, reason)
-
-    def _note(self, row: Row, digest: str | None, status: str, reason: str | None) -> None:
-        about = {name: row[name] for name in ("id", "key", "size", "stamp")}
-        self.notes.append({**about, "digest": digest, "status": status, "reason": reason})
-
-
-def to_look_at(change: Difference) -> pa.Table:
-    """The images that are new or touched, in the order in which their sources are read."""
-    new = change.new.append_column("indexed_digest", pa.nulls(len(change.new), pa.string()))
-    rows = pa.concat_tables([change.touched, new])
-    in_files = "source" in rows.column_names
-    return rows.sort_by([("source", "ascending"), ("position", "ascending")]) if in_files else rows
-
-
-def differing(found: Found, rows: pa.Table, outcome: Outcome) -> pa.Table:
-    """Those of the rows that are new, or whose bytes differ; `outcome` is told about the others."""
-    if "digest" in rows.column_names:  # of parquet files and tars, which were read for it
-        fine = pc.equal(rows["status"], OK)
-        for row in rows.filter(pc.invert(fine)).to_pylist():
-            outcome.bad(row, None, row["reason"])
-        same = pc.fill_null(pc.equal(rows["digest"], rows["indexed_digest"]), False)
-        for row in rows.filter(pc.and_(fine, same)).to_pylist():
-            outcome.same(row, row["digest"])
-        return rows.filter(pc.and_(fine, pc.invert(same)))
-    indexed = pc.is_valid(rows["indexed_digest"])
-    ids = [row["id"] for row, _ in pictures(found, rows.filter(indexed), outcome)]
-    return rows.filter(pc.or_(pc.invert(indexed), pc.is_in(rows["id"], pa.array(ids, pa.int64()))))
-
-
-def pictures(found: Found, rows: pa.Table, outcome: Outcome) -> Iterator[tuple[Row, bytes]]:
-    """The images that have to be encoded, with their bytes, each read once; `outcome` is told about the others.
-
-    `row["digest"]` is that of the bytes that come with it.
-    """
-    reader = found.reader() if len(rows) else None
-    for start in range(0, len(rows), _AT_ONCE):
-        some = rows.slice(start, _AT_ONCE)
-        read = _by_key(reader, some) if isinstance(reader, FolderReader) else _from_files(reader, some)
-        for row, data in read:
-            if isinstance(data, Lost):
-                outcome.bad(row, None, data.reason)
-                continue
-            digest = content_digest(data)
-            if digest == row["indexed_digest"]:
-                outcome.same(row, digest)
-            else:
-                yield {**row, "digest": digest}, data
-
-
-def _by_key(reader: FolderReader, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
-    for row, (_, data) in zip(rows.to_pylist(), reader.read_keys(rows["key"].to_pylist()), strict=True):
-        folder, slash, _ = row["key"].partition("/")
-        yield {**row, "names": [folder] if reader.labels and slash else None, "labels": None}, data
-
-
-def _from_files(reader: Reader | None, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
-    assert reader is not None
-    for source in pc.unique(rows["source"]).to_pylist():
-        here = rows.filter(pc.equal(rows["source"], source))
-        yield from zip(here.to_pylist(), reader.read(here.select(SCANNED.names)), strict=True)
-
-
-def encode(model: "Model", images: Iterable[tuple[Row, bytes]], outcome: Outcome, *, features: bool) -> int:
-    """Encode images in this process; returns how many. A code is the same bits as the stages' own (decision S10)."""
-    rows: list[Row] = []
-
-    def passing() -> Iterator[bytes]:
-        for row, data in images:
-            rows.append(row)
-            yield data
-
-    encoded = model.encode_readable(passing(), keep_features=features)
-    good = [number for number, reason in enumerate(encoded.reasons) if reason is None]
-    for row, reason in zip(rows, encoded.reasons, strict=True):
-        if reason is not None:
-            outcome.bad(row, row["digest"], reason)
-    kept = [{name: rows[number][name] for name in ENCODED.names} for number in good]
-    outcome.rows.append(pa.Table.from_pylist(kept, schema=ENCODED))
-    outcome.codes.append(encoded.codes[good])
-    if encoded.features is not None:
-        outcome.features.append(encoded.features[good])
-    return len(rows)
-
-
-# The plan
-
-
-def estimate(found: Found, images_per_s: float | None = None) -> dict[str, Any]:
-    """What a run is going to cost, as far as it can be told before: counts, bytes, requests; seconds from a speed."""
-    change = found.change
-    look = len(change.new) + len(change.touched)
-    # four files of a shard, notes about what turns out to be the same, a tombstone, and the manifest
-    hides = bool(change.removed or len(change.touched))
-    files = 4 * bool(look) + bool(len(change.touched)) + hides + 1 if look or hides else 0
-    return {
-        "new": len(change.new),
-        "touched": len(change.touched),
-        "removed": len(change.removed),
-        "unchanged": change.unchanged,
-        "read_bytes": sum(int(pc.sum(rows["size"]).as_py() or 0) for rows in (change.new, change.touched)),
-        "get_requests": look if found.format == "folder" else len(found.files),
-        "put_requests": files,
-        "images_per_s": round(images_per_s, 1) if images_per_s else None,
-        "seconds": round(look / images_per_s, 6) if images_per_s else None,
-    }
-
-
-# Commit
-
-
-def commit(
-    index: Index,
-    found: Found,
-    outcome: Outcome,
-    *,
-    vocabulary: Mapping[str, int] | None = None,
-    gate: Gate | None = None,
-    codes: Artefact | None = None,
-    **lineage: Any,
-) -> Applied:
-    """Commit a difference as one version: new rows, tombstones for what changed or is gone, and notes.
-
-    Args:
-        index: opened as the newest version; rows that another writer brought meanwhile with the same content digest
-            are not written again.
-        found: what was to be done.
-        outcome: what came of it. Images that failed to encode stay as they are.
-        vocabulary: numbers of the labels that `outcome` has as text, where they are known.
-        gate: see `Index.apply`.
-        codes: committed ones that `outcome` took its codes from, if it did.
-        lineage: more fields for the manifest.
-
-    Returns and raises as `Index.apply`.
-    """
-    rows = pa.concat_tables([ENCODED.empty_table(), *outcome.rows])
-    numbers = _vocabulary(index, found, rows) if vocabulary is None else vocabulary
-    columns = rows.select(["digest", "size", "stamp"]).append_column("labels", numbered(rows, numbers))
-    more: dict[str, Any] = {}
-    if index.manifest.get("rerank") is not None or outcome.features:
-        more["rerank"] = np.concatenate(outcome.features) if outcome.features else np.empty((0, 0), np.float16)
-    if dict(numbers) != (index.manifest.get("vocabulary") or {}):
-        lineage["vocabulary"] = dict(numbers)
-    if found.sources and (outcome.rows or outcome.notes or found.change.removed):
-        name = index.versions.new_attempt().new(FOLDER, SOURCES_SUFFIX)
-        lineage["sources"] = write_sources(index.store, name, found.sources)
-    about = {
-        "inputs": {
-            "listing": {"uri": found.uri, "format": found.format},
-            **({"codes": {"uri": codes.uri, "digest": codes.name}} if codes else {}),
-        },
-        "listed_at": found.time,
-        "failed": outcome.failed.total(),
-    }
-    return index.apply(
-        np.concatenate([np.empty((0, index.bits // 8), np.uint8), *outcome.codes]),
-        rows["key"].to_pylist(),
-        columns.select(COLUMNS),
-        removed=found.change.removed,
-        model=index.model,
-        operation="reindex",
-        lineage={**about, **lineage},
-        gate=gate,
-        seen=last_of_each([pa.Table.from_pylist(outcome.notes, schema=SEEN)]),
-        **more,
-    )
-
-
-def _vocabulary(index: Index, found: Found, rows: pa.Table) -> dict[str, int]:
-    """Numbers of labels given as text: those of the collection that the index was built from, new ones after them."""
-    known = base_vocabulary(index)
-    names = pc.unique(pc.list_flatten(rows["names"])).to_pylist()
-    return extended(known, names, found.reader()) if names else known
-
-
-def base_vocabulary(index: Index) -> dict[str, int]:
-    """The numbers that labels given as text have in this version."""
-    known = index.manifest.get("vocabulary")
-    if known is None:
-        known = (_collection(index.view) or {}).get("vocabulary", {})
-    return dict(known)

@@ -20,16 +20,19 @@ import pyarrow.compute as pc
 
 from hashdist.collection.collection import KIND, subset
 from hashdist.evaluation import drift
-from hashdist.ground import telemetry
+from hashdist.ground import exporting, telemetry
 from hashdist.ground.errors import Conflict, InvalidInput, Refused
+from hashdist.ground.options import ReindexOptions
 from hashdist.ground.progress import say
 from hashdist.ground.schema import OK, from_vectors
-from hashdist.ground.settings import ReindexOptions, Settings
+from hashdist.ground.settings import Settings
 from hashdist.index import Applied, open_index
 from hashdist.index.pins import pinned
 from hashdist.index.upkeep import compaction
-from hashdist.reindex import find as stage
-from hashdist.reindex.find import Costs, Found, Outcome
+from hashdist.reindex import commit, encode, find
+from hashdist.reindex.costs import Costs
+from hashdist.reindex.encode import Outcome
+from hashdist.reindex.find import Found
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, open_artefact, read_table
 from hashdist.store.vectors import read_vectors, vectors
@@ -50,7 +53,7 @@ def reindex(settings: Settings, options: ReindexOptions | None = None) -> dict[s
         Conflict: other writers were always first. Refused: the gate did not pass; the result waits as a candidate.
     """
     measured = nullcontext() if options and options.plan else telemetry.run_of("reindex")
-    with telemetry.exported(settings.metrics), measured:
+    with exporting.exported(settings.metrics), measured:
         for left in reversed(range(_TRIES)):
             try:
                 return _Run(settings, options or ReindexOptions()).go()
@@ -82,11 +85,11 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         """List, diff, encode, commit; or, for a plan, no more than a sample."""
-        found = stage.find(self.settings, self.index, self.options, self.costs)
-        plan = stage.estimate(found)
+        found = find.find(self.settings, self.index, self.options, self.costs)
+        plan = encode.estimate(found)
         if self.options.plan:
             with self.costs.of("sample"):
-                plan = stage.estimate(found, self._sampled(found))
+                plan = encode.estimate(found, self._sampled(found))
             return self._said(found, plan, None, "the plan; nothing was done")
         if found.change.nothing:
             return self._said(found, plan, None, "nothing new")
@@ -111,10 +114,10 @@ class _Run:
     def _sampled(self, found: Found) -> float | None:
         """Images a second of a sample, reading included; nothing is kept of it."""
         scratch = Outcome()
-        rows = stage.to_look_at(found.change).slice(0, stage.SAMPLE)
-        return self._first(stage.pictures(found, rows, scratch), scratch)
+        rows = encode.to_look_at(found.change).slice(0, encode.SAMPLE)
+        return self._first(encode.pictures(found, rows, scratch), scratch)
 
-    def _first(self, images: Iterator[tuple[stage.Row, bytes]], outcome: Outcome) -> float | None:
+    def _first(self, images: Iterator[tuple[encode.Row, bytes]], outcome: Outcome) -> float | None:
         """Encode the first images; returns how many a second, None if there are none. The model is loaded before."""
         first = next(images, None)
         if first is None:
@@ -124,45 +127,47 @@ class _Run:
             self.model.encode_readable([])  # opens the backbone
             self.model.encode_features(np.empty((0, self.model.width), np.float32))  # opens the head
         started = time.perf_counter()
-        count = stage.encode(self.model, islice(chain([first], images), stage.SAMPLE), outcome, features=self.features)
+        count = encode.encode(
+            self.model, islice(chain([first], images), encode.SAMPLE), outcome, features=self.features
+        )
         return count / (time.perf_counter() - started)
 
     def _encode(self, found: Found, plan: dict[str, Any]) -> dict[str, Any]:
         """Codes of the difference; returns the plan with the seconds that its first images foretell."""
-        rows = stage.to_look_at(found.change)
+        rows = encode.to_look_at(found.change)
         if found.files or len(rows) > self.options.in_process:
-            rows = stage.differing(found, rows, self.outcome)
+            rows = encode.differing(found, rows, self.outcome)
         if len(rows) > self.options.in_process:
             self._encode_on_ray(found, rows)
             return plan
-        images = stage.pictures(found, rows, self.outcome)
+        images = encode.pictures(found, rows, self.outcome)
         rate = self._first(images, self.outcome)
         if rate is None:
             return plan
-        stage.encode(self.model, images, self.outcome, features=self.features)
-        return stage.estimate(found, rate)
+        encode.encode(self.model, images, self.outcome, features=self.features)
+        return encode.estimate(found, rate)
 
     def _encode_on_ray(self, found: Found, rows: pa.Table) -> None:
         """Through the stages, as a collection of its own: what is committed on the way is found by a later run."""
-        distributed = importlib.import_module("hashdist.stages.cluster.session")
-        collection, features, encode = (
-            importlib.import_module(f"hashdist.stages.{name}") for name in ("collection", "features", "encode")
-        )
+        from hashdist.stages import collection, features  # these bring Ray along
+        from hashdist.stages import encode as encode_stage
+        from hashdist.stages.cluster.session import session
+
         index, root, part_rows = self.index, open_store(self.settings.root), self.settings.collection.part_rows
         model = open_artefact(str(index.model_uri), "models")
         ready = replace(self.settings, train=replace(self.settings.train, mode=model.manifest()["mode"]))
-        with distributed.session(self.settings.cluster):
+        with session(self.settings.cluster):
             listing = found.listing(rows)
             inputs = {"uri": listing.uri, "listing": listing.digest}
             whole = artefact(root, KIND, inputs=inputs, settings={"part_rows": part_rows}, revision=collection.REVISION)
             if not whole.exists():
                 planned = found.plan(rows, part_rows, index.view.salts)
-                collection.commit_plan(ready, whole, planned, listing, stage.base_vocabulary(index))
+                collection.commit_plan(ready, whole, planned, listing, commit.base_vocabulary(index))
             part = subset(root, whole, rows["id"].to_pylist()) if found.files else whole
             # the features stage also in images mode where features are kept, so that all rows have the same ones
             of_images = model.manifest()["mode"] == "images"
             made = None if of_images else open_artefact(features.run(ready, part)["snapshot"], "features")
-            codes = open_artefact(encode.run(ready, model, made or part)["snapshot"], "codes")
+            codes = open_artefact(encode_stage.run(ready, model, made or part)["snapshot"], "codes")
         self.vocabulary = dict(whole.manifest()["vocabulary"])
         self.codes = codes
         self._take(part, codes, made)
@@ -182,7 +187,7 @@ class _Run:
         kept = rows.filter(good)
         self.outcome.codes.append(np.asarray(from_vectors(kept["code"], kept.schema), np.uint8))
         kept = kept.append_column("names", pa.nulls(len(kept), pa.list_(pa.string())))
-        self.outcome.rows.append(kept.select(stage.ENCODED.names).cast(stage.ENCODED))
+        self.outcome.rows.append(kept.select(encode.ENCODED.names).cast(encode.ENCODED))
         if self.features and features is not None:
             found = read_vectors(features, ["feature"], kept["id"].to_numpy())
             self.outcome.features.append(from_vectors(found["feature"], found.schema))
@@ -196,7 +201,7 @@ class _Run:
             say(found_drift["text"])
         self.result |= {"drift": found_drift, "retrain_recommended": found_drift["retrain_recommended"]}
         checks = importlib.import_module("hashdist.evaluation.gate").for_growth(self.settings, self.index, self.codes)
-        return stage.commit(
+        return commit.commit(
             self.index,
             found,
             self.outcome,

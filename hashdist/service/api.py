@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from hashdist import __version__
-from hashdist.commands.search import picture_uri
+from hashdist.commands.pictures import picture_uri
 from hashdist.ground import telemetry
 from hashdist.ground.errors import HashdistError, InvalidInput
 from hashdist.ground.settings import ServiceSettings

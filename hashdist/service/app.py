@@ -5,29 +5,21 @@ index by itself. `Encoder` turns pictures into codes, apart from it: torch, and 
 process that searches. `build` is the import path of Serve's configuration files, `serve` the command.
 """
 
-import asyncio
 import os
 import signal
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 from ray import serve as ray_serve
-from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve._private import replica
-from ray.serve._private.http_util import ASGIReceiveProxy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
-from ray.util import get_node_ip_address
 
 from hashdist.cli import parse
-from hashdist.collection.decode import BadImage, claimed_pixels, decode
 from hashdist.ground import telemetry
 from hashdist.ground.errors import InvalidInput, Unavailable
 from hashdist.ground.progress import say
@@ -36,9 +28,10 @@ from hashdist.index import Index
 from hashdist.index.view import View
 from hashdist.service.api import Backend, EncodedImage, make_app
 from hashdist.service.batching import Batches
-from hashdist.service.limits import App, Receive, Scope, Send
+from hashdist.service.encoder import Encoder
+from hashdist.service.ray_internals import _LOOPBACK, Unfetched, on_own_address
 from hashdist.service.serving import Serving
-from hashdist.stages.cluster import session
+from hashdist.stages.cluster import metrics, session
 from hashdist.stages.cluster.peers import Call, Searcher, SpreadIndex
 from hashdist.store.commit import Log, Version
 
@@ -46,144 +39,15 @@ NAME = "hashdist"
 """Of the Serve application."""
 
 _GONE = (RayActorError, DeploymentUnavailableError, BackPressureError)
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_MODELS_HELD = 2
 _SCANS_AT_ONCE = 2
 _CALLS_AT_ONCE = 16
-_DECODING_THREADS = 4
-
-
-class Unfetched:
-    """An application whose requests without a body do not have Serve fetch one.
-
-    As soon as a handler waits for anything, Serve's replica asks the proxy by an actor call for the request's messages;
-    for a GET nothing but "disconnected" can come, which the proxy says by cancelling the request too. That call takes
-    about as long as all that this package does for a search.
-
-    Args:
-        app: what answers.
-    """
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] == "http" and scope["method"] == "GET" and isinstance(receive, ASGIReceiveProxy):
-            receive._receive_asgi_messages = _nothing_comes
-        await self._app(scope, receive, send)
-
-
-async def _nothing_comes(_metadata: Any) -> bytes:
-    found: bytes = await asyncio.get_running_loop().create_future()
-    return found
-
-
-def _on_own_address() -> None:
-    """Let this replica's server for calls between replicas listen on its node's own address only.
-
-    Ray 2.60 opens it on every interface, even where the node has the loopback's, and unpickles what comes in before it
-    looks at it: who reaches the port runs code, unless RAY_AUTH_MODE is token. Nothing of ours calls it.
-    """
-
-    def inside(server: Any, address: str) -> Any:
-        own = get_node_ip_address()  # type: ignore[no-untyped-call]
-        return add_port_to_grpc_server(server, address.replace("[::]", own))  # type: ignore[no-untyped-call]
-
-    vars(replica)["add_port_to_grpc_server"] = inside
-
-
-class Encoder:
-    """Pictures to codes, in batches; the last two models stay loaded.
-
-    Args:
-        max_pixels: of a picture.
-        batch: pictures at once.
-        device: where models run.
-    """
-
-    def __init__(self, max_pixels: int, batch: int, device: str) -> None:
-        _on_own_address()
-        telemetry.set_sink(session.RaySink())
-        self._max_pixels, self._device = max_pixels, device
-        self._models: OrderedDict[str, Any] = OrderedDict()
-        self._loading = threading.Lock()
-        self._threads = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="hashdist-decode")
-        self._encode.set_max_batch_size(batch)  # type: ignore[attr-defined]
-
-    async def prepare(self, uri: str) -> dict[str, Any]:
-        """Load a model. Raises what `load_model` raises."""
-        return await asyncio.to_thread(self._prepared, uri)
-
-    async def encode(self, uri: str, data: bytes) -> tuple[bytes, int, int] | str:
-        """A picture's code, width and height; or why it cannot be read."""
-        found: tuple[bytes, int, int] | str = await self._encode((uri, data))
-        return found
-
-    @ray_serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
-    async def _encode(self, asked: list[tuple[str, bytes]]) -> list[Any]:
-        return await asyncio.to_thread(self._encoded, asked)
-
-    def _prepared(self, uri: str) -> dict[str, Any]:
-        model = self._model(uri)
-        try:
-            encoded = model.encode_readable([np.zeros((8, 8, 3), np.uint8)])
-        except InvalidInput as error:
-            return {"reads_images": False, "reason": str(error)}
-        return {"reads_images": encoded.reasons[0] is None, "reason": encoded.reasons[0] or ""}
-
-    def _encoded(self, asked: list[tuple[str, bytes]]) -> list[Any]:
-        return [answer for some in within(asked, self._max_pixels) for answer in self._together(some)]
-
-    def _together(self, asked: list[tuple[str, bytes]]) -> list[Any]:
-        answers: list[Any] = [None] * len(asked)
-        pixels = list(self._threads.map(self._decoded, [data for _, data in asked]))
-        for uri in dict.fromkeys(uri for uri, _ in asked):
-            which = [number for number, one in enumerate(asked) if one[0] == uri]
-            encoded = self._model(uri).encode_readable([pixels[number] for number in which])
-            for number, code, reason in zip(which, encoded.codes, encoded.reasons, strict=True):
-                height, width = (0, 0) if reason else pixels[number].shape[:2]
-                answers[number] = reason or (code.tobytes(), width, height)
-        return answers
-
-    def _decoded(self, data: bytes) -> Any:
-        try:
-            return decode(data, self._max_pixels)
-        except BadImage as error:
-            return error
-
-    def _model(self, uri: str) -> Any:
-        with self._loading:
-            if uri not in self._models:
-                # brings torch with it, which a process that only names this class does without
-                from hashdist.models.model import load_model
-
-                self._models[uri] = load_model(uri, device=self._device)
-            self._models.move_to_end(uri)
-            while len(self._models) > _MODELS_HELD:
-                self._models.popitem(last=False)
-            return self._models[uri]
-
-
-def within(asked: Iterable[tuple[str, bytes]], most: int) -> Iterator[list[tuple[str, bytes]]]:
-    """Runs of pictures that have at most so many pixels together, or are one: what is decoded at the same time."""
-    some: list[tuple[str, bytes]] = []
-    pixels = 0
-    for one in asked:
-        claimed = claimed_pixels(one[1])
-        if some and pixels + claimed > most:
-            yield some
-            some, pixels = [], 0
-        some, pixels = [*some, one], pixels + claimed
-    if some:
-        yield some
 
 
 class Shards(Searcher):
     """A `Searcher` as a deployment."""
 
     def __init__(self) -> None:
-        _on_own_address()
+        on_own_address()
         super().__init__()
 
 
@@ -228,9 +92,9 @@ class Search:
     """
 
     def __init__(self, uri: str, settings: ServiceSettings, encoder: Any, shards: list[Any], guarded: bool) -> None:
-        _on_own_address()
+        on_own_address()
         self._guarded = guarded
-        telemetry.set_sink(session.RaySink())
+        telemetry.set_sink(metrics.RaySink())
         self._settings, self._encoder = settings, encoder
         self._serving = Serving(
             uri,
@@ -246,7 +110,7 @@ class Search:
     def __serve_build_asgi_app__(self) -> Unfetched:
         encode = self._encode if self._encoder is not None else None
         self._batches = Batches(_SCANS_AT_ONCE, time.perf_counter)
-        backend = Backend(self._serving, self._batches, encode, session.exported_metrics, self._settings)
+        backend = Backend(self._serving, self._batches, encode, metrics.exported_metrics, self._settings)
         return Unfetched(make_app(backend, self._token()))
 
     def _token(self) -> str:

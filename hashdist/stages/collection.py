@@ -5,24 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hashdist.collection.collection import (
-    KIND,
-    REVISION,
-    Listing,
-    Plan,
-    assemble,
-    described,
-    extended,
-    label_numbers,
-    list_collection,
-    plan,
-    write_unit,
-)
+from hashdist.collection.collection import KIND, REVISION, Plan, assemble, plan, write_unit
+from hashdist.collection.listing import Listing, described, list_collection
+from hashdist.collection.vocabulary import extended, label_numbers
 from hashdist.ground import telemetry
 from hashdist.ground.progress import say
 from hashdist.ground.schema import failures
 from hashdist.ground.settings import Settings
-from hashdist.stages.cluster import session
+from hashdist.stages.cluster import session, tasks
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, open_artefact
 
@@ -94,7 +84,7 @@ def commit_plan(
     part_rows = settings.collection.part_rows
     scan = Scan(target, planned, part_rows)
     numbers = range(len(planned.units))
-    records = session.run_parts(target, numbers, scan, label="collection", at_once=session.cpus())
+    records = tasks.run_parts(target, numbers, scan, label="collection", at_once=session.cpus())
     units = [records[number] for number in numbers]
     labels = label_numbers(planned.reader, units)
     if vocabulary is not None:

@@ -25,15 +25,17 @@ from numpy.typing import NDArray
 
 from hashdist.ground.bits import hamming
 from hashdist.ground.errors import AlreadyExists, InvalidInput, NotFound
+from hashdist.ground.options import DedupOptions
 from hashdist.ground.progress import say
 from hashdist.ground.ranges import blocks
-from hashdist.ground.settings import ClusterSettings, DedupOptions
+from hashdist.ground.settings import ClusterSettings
 from hashdist.index import Index, open_index
 from hashdist.index.pins import pinned
 from hashdist.index.view import View
 from hashdist.nearest import joins
 from hashdist.nearest.joins import Block, Edges
 from hashdist.stages.cluster import session
+from hashdist.stages.cluster import tasks as tasks_module
 from hashdist.store import Store, open_store
 
 _METADATA = b"hashdist.dedup"
@@ -275,7 +277,7 @@ def _results(work: _Work, view: View, options: DedupOptions, cluster: ClusterSet
         yield from map(join, work.tasks)
         return
     with session.session(cluster):
-        for _, edges in session.run_tasks(join, work.tasks, label="dedup", at_once=session.cpus()):
+        for _, edges in tasks_module.run_tasks(join, work.tasks, label="dedup", at_once=session.cpus()):
             yield edges
 
 

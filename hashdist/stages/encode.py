@@ -25,7 +25,7 @@ from hashdist.ground.errors import InvalidInput
 from hashdist.ground.schema import OK, failures, from_vectors, to_vectors, vector_schema
 from hashdist.ground.settings import Settings
 from hashdist.models.model import NOT_FINITE, Model, check_features, load_model
-from hashdist.stages.cluster import session
+from hashdist.stages.cluster import session, tasks
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, read_table, write_table
 
@@ -73,9 +73,7 @@ def run(settings: Settings, model: Artefact, source: Artefact) -> dict[str, Any]
     work = partial(_encode_images if of_images else _encode_features, codes, model, source, "cuda" if gpu else "cpu")
     parts = range(Collection(source).parts if of_images else len(source.manifest()["files"]))
     at_once = settings.encode.workers or (session.gpus() if gpu else _tasks(source))
-    records = session.run_parts(
-        codes, parts, work, label="encode", at_once=at_once, num_cpus=1, num_gpus=1 if gpu else 0
-    )
+    records = tasks.run_parts(codes, parts, work, label="encode", at_once=at_once, num_cpus=1, num_gpus=1 if gpu else 0)
     codes.publish(_manifest(settings, model, source, [records[part] for part in parts]))
     return _result(codes, started, skipped=False)
 

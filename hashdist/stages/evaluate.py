@@ -29,9 +29,9 @@ from hashdist.ground.schema import OK, from_vectors
 from hashdist.ground.settings import Settings
 from hashdist.index.search import rerank
 from hashdist.methods.contract import Encoder, find_method, fit_shallow, shallow_methods
-from hashdist.models.sample import one_hot
+from hashdist.methods.parts.labels import one_hot
 from hashdist.nearest import cosine, scan
-from hashdist.stages.cluster import session
+from hashdist.stages.cluster import session, tasks
 from hashdist.store.commit import Artefact, open_artefact, read_file, read_table
 from hashdist.store.vectors import read_vectors
 
@@ -262,9 +262,7 @@ def _measure(task: Task, source: Source) -> Outcome:
     histograms = np.zeros((len(queries_QW), 2, 8 * queries_QW.shape[1] + 1), np.int64)
     best: scan.Nearest | None = None
     work = partial(_part, task, source, queries_QW)
-    for _, (counts, found) in session.run_tasks(
-        work, _spans(source.artefact), label="evaluate", at_once=session.cpus()
-    ):
+    for _, (counts, found) in tasks.run_tasks(work, _spans(source.artefact), label="evaluate", at_once=session.cpus()):
         histograms += counts
         found = scan.Nearest(*map(np.array, found))  # what Ray hands over is read-only
         best = found if best is None else scan.merge(best, found, task.depth)
@@ -328,7 +326,7 @@ def _reranked(task: Task, outcome: Outcome, features: Artefact, exact: Ids, k: i
     queries_QD = _vectors(features, "feature", task.queries)
     work = partial(_cosines, features, queries_QD, candidates_QC)
     scores = np.zeros(candidates_QC.size)
-    parts = session.run_tasks(work, _spans(features), label="rerank", at_once=session.cpus())
+    parts = tasks.run_tasks(work, _spans(features), label="rerank", at_once=session.cpus())
     for _, (places, found) in parts:
         scores[places] = found
     order = np.lexsort((candidates_QC, -scores.reshape(candidates_QC.shape)), axis=1)[:, : exact.shape[1]]
@@ -366,7 +364,7 @@ def _exact_neighbours(task: Task, features: Artefact, k: int) -> Ids:
     """Ids of the k images nearest to each query by cosine, itself left out: int64 [Q, k'], by (cosine, id)."""
     queries_QD = _vectors(features, "feature", task.queries)
     work = partial(_nearest_features, task, features, queries_QD, k + task.own)
-    parts = session.run_tasks(work, _spans(features), label="exact neighbours", at_once=session.cpus())
+    parts = tasks.run_tasks(work, _spans(features), label="exact neighbours", at_once=session.cpus())
     scores, ids = (np.concatenate(column, axis=1) for column in zip(*(found for _, found in parts), strict=True))
     order = np.lexsort((ids, -scores), axis=1)
     ranked = np.take_along_axis(ids, order, axis=1)

@@ -36,7 +36,7 @@ from hashdist.ground.settings import FeatureSettings, Settings
 from hashdist.ground.threads import in_order
 from hashdist.models.backbones import Backbone, build_backbone
 from hashdist.models.networks import open_network, state_bytes, warn_of_random, weights_identity
-from hashdist.stages.cluster import session
+from hashdist.stages.cluster import metrics, session, tasks
 from hashdist.store import open_store
 from hashdist.store.commit import (
     Artefact,
@@ -279,7 +279,7 @@ class Extractor:
         decoders: int,
         parts: NDArray[np.int64],
     ) -> None:
-        telemetry.set_sink(session.RaySink())
+        telemetry.set_sink(metrics.RaySink())
         self._target, self._parts, self._decoders = target, parts, decoders
         self._collection = Collection(collection)
         self._build = partial(build_backbone, threads=threads, device=device)
@@ -449,7 +449,7 @@ def _take_over(settings: Settings, target: Artefact) -> dict[str, Any]:
     planned = vectors.plan(vectors.list_source(settings.features.source))
     parts = range(len(planned.chunks))
     work = _TakeOver(target, planned)
-    records = session.run_parts(target, parts, work, label="features", at_once=session.cpus())
+    records = tasks.run_parts(target, parts, work, label="features", at_once=session.cpus())
     fields = {
         "inputs": {"source": {"uri": planned.source.uri, "digest": planned.source.digest}},
         "settings": {"source": planned.source.uri},

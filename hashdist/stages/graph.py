@@ -30,7 +30,8 @@ from hashdist.ground.schema import OK, from_vectors
 from hashdist.ground.settings import GraphSettings, Settings
 from hashdist.methods.contract import find_method
 from hashdist.nearest import cosine
-from hashdist.stages.cluster import session
+from hashdist.nearest import shared as shared_module
+from hashdist.stages.cluster import session, tasks
 from hashdist.store import Store, open_store
 from hashdist.store.commit import (
     Artefact,
@@ -194,7 +195,7 @@ def _run_phases(work: _Work, chosen: GraphSettings) -> dict[int, dict[str, Any]]
     for phase, parts in work.phases():
         task = replace(work, records=records)
         label = f"graph: {phase}"
-        found = session.run_parts(work.graph, parts, task, label=label, at_once=at_once, num_cpus=cores)
+        found = tasks.run_parts(work.graph, parts, task, label=label, at_once=at_once, num_cpus=cores)
         records = {**records, **found}
     return records
 
@@ -231,8 +232,8 @@ def _join_neighbours(work: _Work) -> dict[str, Any]:
 def _initial_similarity(work: _Work, start: int, stop: int) -> dict[str, Any]:
     """W of rows start to stop, not yet symmetric."""
     neighbours_NK = _read(work.graph.store, work.records[len(work.runs) + 1]["neighbours"])
-    inverted = cosine.inverted_lists(neighbours_NK)
-    similarity = cosine.initial_similarity if work.rule == "and" else cosine.union_similarity
+    inverted = shared_module.inverted_lists(neighbours_NK)
+    similarity = shared_module.initial_similarity if work.rule == "and" else shared_module.union_similarity
     w = similarity(neighbours_NK, inverted, work.k2, (start, stop), threads=work.threads)
     return {"indptr": _write(work.graph, w.indptr), "indices": _write(work.graph, w.indices)}
 
@@ -242,7 +243,7 @@ def _join_similarity(work: _Work) -> dict[str, Any]:
     degrees = [np.diff(_read(work.graph.store, record["indptr"])) for record in records]
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(degrees))])
     indices = np.concatenate([_read(work.graph.store, record["indices"]) for record in records])
-    w = cosine.symmetric(cosine.Sparse(indptr, indices), work.symmetrize)
+    w = shared_module.symmetric(shared_module.Sparse(indptr, indices), work.symmetrize)
     files = {"w0_indptr": _write(work.graph, w.indptr), "w0_indices": _write(work.graph, w.indices)}
     return {**files, "edges": len(w.indices)}
 

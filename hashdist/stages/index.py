@@ -30,7 +30,7 @@ from hashdist.index import Index, create_index, open_index, promotion
 from hashdist.index.notes import FOLDER, SEEN, SOURCES_SUFFIX, SUFFIX, last_of_each, write_seen, write_sources
 from hashdist.index.search import rerank
 from hashdist.index.shards.shard import Rows, Shard, write_shard
-from hashdist.stages.cluster import session
+from hashdist.stages.cluster import session, tasks
 from hashdist.store import Entry
 from hashdist.store.commit import Artefact, Log, open_artefact, read_table
 
@@ -71,7 +71,7 @@ def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
     parts = [range(start, stop) for start, stop in spans]
     listing = _listing(codes)
     task = _WriteShard(codes, features, listing, Log(index.store))
-    done = dict(session.run_tasks(task, parts, label="index", at_once=session.cpus()))
+    done = dict(tasks.run_tasks(task, parts, label="index", at_once=session.cpus()))
     written = [done[number] for number in range(len(parts))]
     shards = [part.shard for part in written if part.shard]
     _require_distinct(index, shards)

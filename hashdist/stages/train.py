@@ -39,7 +39,7 @@ from hashdist.models.model import describe
 from hashdist.models.networks import Network, open_network, spec_settings, state_bytes, weights_digest
 from hashdist.models.sample import LocalShare, cache_images, read_sample, sample_ids, sample_labels
 from hashdist.models.training import Trained, train
-from hashdist.stages.cluster import session
+from hashdist.stages.cluster import metrics, session
 from hashdist.stages.cluster.workers import Workers, fit
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, Log, Version, artefact, read_file, write_file
@@ -299,7 +299,7 @@ def _result(model: Artefact, started: float, *, skipped: bool) -> dict[str, Any]
 
 def _work(job: _Job) -> None:
     """Train on this rank, from the newest checkpoint; rank 0 commits checkpoints and the weights."""
-    telemetry.set_sink(session.RaySink())
+    telemetry.set_sink(metrics.RaySink())
     wanted = job.settings.train
     device = _gpu() if job.gpu else torch.device("cpu")
     comm = TorchDistributed(device)

@@ -13,8 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Picture
 
-from hashdist.collection import collection as tested
-from hashdist.collection.collection import Collection, Image, list_collection, subset
+from hashdist.collection import collection as collection_module
+from hashdist.collection import listing as listing_module
+from hashdist.collection import salts as salts_module
+from hashdist.collection import vocabulary
+from hashdist.collection.collection import Collection, Image, subset
+from hashdist.collection.listing import list_collection
 from hashdist.collection.readers import reader
 from hashdist.collection.readers.reader import content_digest
 from hashdist.ground.errors import InvalidInput
@@ -37,11 +41,14 @@ def commit(root: str, settings: CollectionSettings) -> Artefact:
     target = artefact(
         open_store(root), "collections", inputs={"l": listing.digest}, settings={"rows": settings.part_rows}, revision=1
     )
-    planned = tested.plan(listing, settings.part_rows)
-    units = [tested.write_unit(target, unit, planned.reader.scan(unit), settings.part_rows) for unit in planned.units]
-    labels = tested.label_numbers(planned.reader, units)
-    fields = tested.assemble(target, units, salts=planned.salts, labels=labels, part_rows=settings.part_rows)
-    target.publish({**tested.described(listing), **fields, "settings": settings.identity()})
+    planned = collection_module.plan(listing, settings.part_rows)
+    units = [
+        collection_module.write_unit(target, unit, planned.reader.scan(unit), settings.part_rows)
+        for unit in planned.units
+    ]
+    labels = vocabulary.label_numbers(planned.reader, units)
+    fields = collection_module.assemble(target, units, salts=planned.salts, labels=labels, part_rows=settings.part_rows)
+    target.publish({**listing_module.described(listing), **fields, "settings": settings.identity()})
     return target
 
 
@@ -160,8 +167,8 @@ def test_partitions_hold_one_id_prefix_each(
 ) -> None:
     uri = WRITERS[form](tmp_path / "in", images)
     whole = commit(str(tmp_path / "one"), CollectionSettings(uri=uri, part_rows=4))
-    monkeypatch.setattr(tested, "PARTITION_ROWS", 2)
-    monkeypatch.setattr(tested, "_PARTITIONS_AT_ONCE", 3)
+    monkeypatch.setattr(salts_module, "PARTITION_ROWS", 2)
+    monkeypatch.setattr(salts_module, "_PARTITIONS_AT_ONCE", 3)
     target = commit(str(tmp_path / "many"), CollectionSettings(uri=uri, part_rows=4))
     manifest = target.manifest()
     assert (manifest["prefix_bits"], len(manifest["files"])) == (4, 16)
@@ -181,8 +188,8 @@ def test_colliding_ids_get_salts_everywhere(
     def many(keys: list[str], salts: dict[str, int] | None = None) -> Any:
         return np.array([few_ids(key, (salts or {}).get(key, 0)) for key in keys], np.int64)
 
-    monkeypatch.setattr(tested, "image_id", few_ids)
-    monkeypatch.setattr(tested, "image_ids", many)
+    monkeypatch.setattr(collection_module, "image_id", few_ids)
+    monkeypatch.setattr(collection_module, "image_ids", many)
     monkeypatch.setattr(reader, "image_id", few_ids)
     monkeypatch.setattr("hashdist.ground.ids.image_id", few_ids)
     uri = WRITERS[form](tmp_path / "in", images)
@@ -211,10 +218,10 @@ def test_duplicate_keys_are_refused(form: str, images: dict[str, tuple[bytes, st
 def test_single_images_are_fetched_by_key(
     form: str, images: dict[str, tuple[bytes, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tested, "PARTITION_ROWS", 4)
+    monkeypatch.setattr(salts_module, "PARTITION_ROWS", 4)
     uri = WRITERS[form](tmp_path / "in", images)
     target = commit(str(tmp_path / "root"), CollectionSettings(uri=uri, part_rows=4))
-    collection = tested.open_collection(target.uri)
+    collection = collection_module.open_collection(target.uri)
     wanted = {expected_key(form, key, label): data for key, (data, label) in list(images.items())[3:20:5]}
     assert collection.fetch(wanted) == wanted
     assert collection.fetch([*wanted, "no such key"]) == wanted
@@ -304,12 +311,12 @@ def test_vanished_changed_and_unreadable_files_are_rows_with_a_reason(tmp_path: 
         (base / f"{number}.jpg").write_bytes(jpeg(number))
     listing = list_collection(CollectionSettings(uri=str(base)))
     (base / "0.jpg").unlink()
-    planned = tested.plan(listing, 10)
+    planned = collection_module.plan(listing, 10)
     target = artefact(open_store(str(tmp_path / "root")), "collections", inputs={}, settings={}, revision=1)
-    units = [tested.write_unit(target, unit, planned.reader.scan(unit), 10) for unit in planned.units]
-    labels = tested.label_numbers(planned.reader, units)
-    fields = tested.assemble(target, units, salts={}, labels=labels, part_rows=10)
-    manifest = target.publish({**tested.described(listing), **fields})
+    units = [collection_module.write_unit(target, unit, planned.reader.scan(unit), 10) for unit in planned.units]
+    labels = vocabulary.label_numbers(planned.reader, units)
+    fields = collection_module.assemble(target, units, salts={}, labels=labels, part_rows=10)
+    manifest = target.publish({**listing_module.described(listing), **fields})
     assert (manifest["rows"], manifest["failed"], manifest["unreadable"]) == (4, 1, {"vanished": 1})
     (base / "1.jpg").write_bytes(jpeg(99))
     (base / "2.jpg").unlink()

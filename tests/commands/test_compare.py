@@ -7,7 +7,7 @@ import pytest
 from hashdist import cli
 from hashdist.commands.compare import _check, _part, published, read_entries, table
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.settings import CompareOptions
+from hashdist.ground.options import CompareOptions
 from hashdist.methods.contract import known_methods
 from tests import REPOSITORY
 

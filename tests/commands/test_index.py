@@ -10,7 +10,7 @@ import pytest
 
 from hashdist import cli
 from hashdist.ground.errors import InvalidInput, NotFound
-from hashdist.ground.settings import TagOptions, VacuumOptions
+from hashdist.ground.options import TagOptions, VacuumOptions
 from hashdist.index import Index, create_index, open_index
 from hashdist.index.pins import store_time
 from hashdist.index.shards.shard import parts

@@ -25,7 +25,8 @@ from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ids import image_id
 from hashdist.index import Index, create_index, open_index
 from hashdist.index.search import filters
-from hashdist.index.search.filters import column, ids, keys, parse
+from hashdist.index.search.filters import column, ids, keys
+from hashdist.index.search.where import parse
 from hashdist.index.shards.shard import Rows, write_shard
 from hashdist.reindex import run as reindex_run
 from tests.worlds import reindex as growth_world

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hashdist.collection.collection import list_collection
+from hashdist.collection.listing import list_collection
 from hashdist.evaluation.datasets import convert, read_dataset
 from hashdist.ground.errors import AlreadyExists, InvalidInput, NotFound
 from hashdist.ground.settings import CollectionSettings

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hashdist.evaluation.drift import FAR, LEAN, SHIFT, measure
 from hashdist.evaluation.probes import read_probes, smallest, write_probes
-from hashdist.ground import telemetry
+from hashdist.ground import exporting, telemetry
 from hashdist.ground.bits import hamming, pack, unpack
 from hashdist.index import Index, create_index
 
@@ -116,7 +116,7 @@ def test_drift_is_exported(index: Index) -> None:
         def observe(self, metric: telemetry.Metric, value: float, labels: dict[str, str]) -> None:
             seen.append((metric.name, value, labels.get("number")))
 
-    with telemetry.Exported(Sink()):
+    with exporting.Exported(Sink()):
         found = measure(index.view, images(200, 3, range(KINDS, KINDS + 4)))
     drift = {number: value for name, value, number in seen if name == "hashdist_index_drift"}
     assert drift["score"] == pytest.approx(found["score"], abs=1e-3)

@@ -12,7 +12,7 @@ from hashdist.ground import bits
 from hashdist.ground.bits import hamming
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.settings import GraphSettings
-from hashdist.nearest import cosine
+from hashdist.nearest import shared as shared_module
 from tests.worlds.training import tiny_data
 
 TINY = {"rounds": 1, "epochs": 2, "batch": 50}
@@ -97,7 +97,7 @@ def test_edge_agreement_counts_pairs() -> None:
     labels = rng.random((60, 4)) < 0.3
     edge = (rng.random((60, 60)) < 0.2) & ~np.eye(60, dtype=bool)
     rows = np.concatenate([[0], edge.sum(1).cumsum()]).astype(np.int64)
-    found: Any = edge_agreement(cosine.Sparse(rows, np.nonzero(edge)[1].astype(np.int32)), labels)
+    found: Any = edge_agreement(shared_module.Sparse(rows, np.nonzero(edge)[1].astype(np.int32)), labels)
     shared = ((labels.astype(int) @ labels.T.astype(int)) > 0) & ~np.eye(60, dtype=bool)
     assert found["precision"] == pytest.approx((edge & shared).sum() / edge.sum())
     assert found["recall"] == pytest.approx((edge & shared).sum() / shared.sum())

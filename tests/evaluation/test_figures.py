@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_rgba
 from scipy.stats import entropy
 
-from hashdist.evaluation import figures
+from hashdist.evaluation import figures, statistics
 
 
 def test_map_over_bits_draws_means_and_spread_over_seeds() -> None:
@@ -84,8 +84,8 @@ def test_statistics_of_bits_are_those_of_numpy_and_scipy() -> None:
     signs = np.where(rng.random((300, 6)) < [0.5, 0.1, 0.9, 0.3, 0.5, 0.0], 1.0, -1.0)
     signs[:, 4] = -signs[:, 0]
     share = (signs > 0).mean(0)
-    np.testing.assert_allclose(figures.bit_entropy(share), [entropy([p, 1 - p], base=2) for p in share], atol=1e-12)
-    found = figures.bit_correlation(signs)
+    np.testing.assert_allclose(statistics.bit_entropy(share), [entropy([p, 1 - p], base=2) for p in share], atol=1e-12)
+    found = statistics.bit_correlation(signs)
     np.testing.assert_allclose(found[:5, :5], np.corrcoef(signs[:, :5].T), atol=1e-12)
     assert found[0, 4] == pytest.approx(-1)
     assert not found[5].any()  # a bit that is the same everywhere

@@ -22,8 +22,8 @@ from hashdist.ground.ids import image_ids
 from hashdist.ground.schema import to_vectors, vector_schema
 from hashdist.ground.settings import CollectionSettings, GateSettings, IndexSettings, Settings
 from hashdist.index import Index, create_index, open_index
+from hashdist.index.candidate import Gate
 from hashdist.index.manifest import files
-from hashdist.index.promotion import Gate
 from hashdist.index.shards.shard import Rows, write_shard
 from hashdist.index.upkeep.retention import rollback
 from hashdist.methods import itq

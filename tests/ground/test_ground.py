@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashdist.ground import bits, ids, ranges, schema
+from hashdist.ground import bits, ids, permutation, ranges, schema
 from hashdist.ground.errors import Corrupt, InvalidInput
 
 
@@ -47,7 +47,7 @@ def test_code_lengths_are_multiples_of_8(length: int) -> None:
 def test_slices_cover_every_batch_at_any_world_size() -> None:
     for batch in range(1, 40):
         for world in range(1, batch + 1):
-            slices = [ranges.rank_slice(batch, rank, world) for rank in range(world)]
+            slices = [permutation.rank_slice(batch, rank, world) for rank in range(world)]
             assert [row for s in slices for row in range(s.start, s.stop)] == list(range(batch))
             sizes = {s.stop - s.start for s in slices}
             assert max(sizes) - min(sizes) <= 1
@@ -55,12 +55,12 @@ def test_slices_cover_every_batch_at_any_world_size() -> None:
 
 
 def test_every_epoch_is_another_permutation() -> None:
-    first, second = ranges.permutation(1000, 7, 0), ranges.permutation(1000, 7, 1)
+    first, second = permutation.permutation(1000, 7, 0), permutation.permutation(1000, 7, 1)
     for found in (first, second):
         np.testing.assert_array_equal(np.sort(found), np.arange(1000))
     assert (first != second).mean() > 0.9
-    np.testing.assert_array_equal(ranges.permutation(6, 3, 1), ranges.permutation(6, 3, 1))
-    batches = ranges.epoch_batches(103, 10, seed=7, epoch=0)
+    np.testing.assert_array_equal(permutation.permutation(6, 3, 1), permutation.permutation(6, 3, 1))
+    batches = permutation.epoch_batches(103, 10, seed=7, epoch=0)
     assert batches.shape == (10, 10)
     assert len(np.unique(batches)) == 100
 

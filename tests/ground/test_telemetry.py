@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hashdist.ground import telemetry
+from hashdist.ground import exporting, telemetry
 from hashdist.ground.errors import InvalidInput, NotFound
+from hashdist.ground.exporting import PrometheusSink, exported
 from hashdist.ground.settings import MetricsSettings
-from hashdist.ground.telemetry import DECLARED, Metric, NoSink, PrometheusSink, exported
-from hashdist.stages.cluster import session
+from hashdist.ground.telemetry import DECLARED, Metric, NoSink
+from hashdist.stages.cluster import metrics
 from tests import REPOSITORY
 
 BY_VARIABLE = {name: value for name, value in vars(telemetry).items() if isinstance(value, Metric)}
@@ -81,13 +82,13 @@ def test_names_follow_the_convention() -> None:
 
 
 def test_every_metric_has_one_row_of_the_table() -> None:
-    table = telemetry.table()
+    table = exporting.table()
     assert [table.count(f"| `{name}` | `ray_{name}` |") for name in DECLARED] == [1] * len(DECLARED)
 
 
 def test_the_table_in_the_document_is_the_present_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = (REPOSITORY / "docs/metrics.md").read_text()
-    assert document == telemetry.replaced(document), "run `python -m hashdist.ground.telemetry docs/metrics.md`"
+    assert document == exporting.replaced(document), "run `python -m hashdist.ground.telemetry docs/metrics.md`"
     old = tmp_path / "old.md"
     old.write_text(document.replace("| `hashdist_index_rows` |", "| `hashdist_index_lines` |"))
     monkeypatch.setattr(sys, "argv", ["telemetry", str(old)])
@@ -182,14 +183,14 @@ def test_who_calls_first_decides_where_observations_go() -> None:
 
 def test_a_metric_may_be_observed_first_by_many_threads_at_once() -> None:
     sink = PrometheusSink()
-    with telemetry.Exported(sink), ThreadPoolExecutor(16) as pool:
+    with exporting.Exported(sink), ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda _: telemetry.count_request("get"), range(400)))
     assert sink.registry.get_sample_value("hashdist_store_requests_total", {"operation": "get"}) == 400
 
 
 def test_a_run_counts_how_it_ended() -> None:
     recorded = Recorded()
-    with telemetry.Exported(recorded):
+    with exporting.Exported(recorded):
         with telemetry.run_of("graph"):
             pass
         with pytest.raises(NotFound), telemetry.run_of("train"):
@@ -265,7 +266,7 @@ def served(answers: dict[str, bytes | None]) -> Iterator[str]:
 
 def test_texts_of_all_nodes_become_one_valid_text() -> None:
     with served({"/1": NODE_1.encode(), "/2": NODE_2.encode()}) as url:
-        text = session._merged([f"{url}/1", f"{url}/2"], 2)
+        text = metrics._merged([f"{url}/1", f"{url}/2"], 2)
     lines = text.splitlines()
     assert [line.split()[2] for line in lines if line.startswith("# TYPE")] == [
         "ray_hashdist_commits_total",
@@ -284,12 +285,12 @@ def test_texts_of_all_nodes_become_one_valid_text() -> None:
 def test_agents_that_do_not_answer_are_counted_and_left_out(wrong: bytes) -> None:
     with served({"/2": NODE_2.encode(), "/slow": None, "/wrong": wrong}) as url:
         urls = [f"{url}/2", f"{url}/slow", f"{url}/wrong", f"{url}/error", "http://127.0.0.1:1/metrics"]
-        text = session._merged(urls, 0.3)
+        text = metrics._merged(urls, 0.3)
     assert text.splitlines()[-1] == "# 1 of 5 metrics agents answered"
     assert text.count("ray_hashdist_index_rows{") == 1
-    assert session._merged([], 1) == "# 0 of 0 metrics agents answered\n"
+    assert metrics._merged([], 1) == "# 0 of 0 metrics agents answered\n"
 
 
 def test_an_agent_may_have_an_address_of_version_6() -> None:
     node = {"NodeManagerAddress": "fd00::7", "MetricsExportPort": 8080}
-    assert session._agent(node) == "http://[fd00::7]:8080/metrics"
+    assert metrics._agent(node) == "http://[fd00::7]:8080/metrics"

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from numpy.typing import NDArray
 
 from hashdist.ground.errors import Corrupt, NotFound, OutcomeUnknown
-from hashdist.index import Index, create_index, promotion
+from hashdist.index import Index, candidate, create_index, promotion
 from hashdist.index.upkeep import compaction, erasure, retention
 from hashdist.index.view import View
 from hashdist.store import Store, commit, open_store
@@ -278,7 +278,7 @@ class IndexMachine(RuleBasedStateMachine):
     def promote(self, **how: Any) -> None:
         version = self.world.newest().view.version
         if "candidate" in version.manifest:
-            waiting = contents(View(self.world.log, promotion.as_content(version, "")))
+            waiting = contents(View(self.world.log, candidate.as_content(version, "")))
             self.attempt(promote(waiting), **how)
 
     @rule(creates=CREATES, puts=PUTS, crash_at=CRASH_AT, stale=st.booleans())

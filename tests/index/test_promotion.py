@@ -16,8 +16,9 @@ from hashdist.ground.errors import Conflict, InvalidInput, NotFound, Refused
 from hashdist.ground.ids import image_ids
 from hashdist.ground.settings import IndexSettings
 from hashdist.index import Index, create_index, open_index
+from hashdist.index.candidate import Gate
 from hashdist.index.manifest import content, files, successor
-from hashdist.index.promotion import Gate, discard, promote
+from hashdist.index.promotion import discard, promote
 from hashdist.index.shards.shard import Rows, write_shard
 from hashdist.index.upkeep.compaction import compact
 from hashdist.index.view import View

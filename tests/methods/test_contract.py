@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hashdist.ground.ranges import rank_slice
+from hashdist.ground.permutation import rank_slice
 from hashdist.methods.contract import (
     Batch,
     MethodModule,

@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss
 from torch import Tensor
 
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.ranges import rank_slice
+from hashdist.ground.permutation import rank_slice
 from hashdist.methods import csdh
 from hashdist.methods.contract import Batch, Place, TrainingData, method_settings
 from hashdist.methods.parts.communicator import SingleProcess

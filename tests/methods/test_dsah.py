@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.ranges import rank_slice
+from hashdist.ground.permutation import rank_slice
 from hashdist.methods import dsah
 from hashdist.methods.contract import Batch, Place, TrainingData, method_settings
 from hashdist.methods.parts.communicator import SingleProcess

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hashdist.ground import telemetry
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.ranges import permutation
+from hashdist.ground.permutation import permutation
 from hashdist.methods.contract import TrainingData, deep_method, find_method
 from hashdist.methods.parts.communicator import SingleProcess
 from hashdist.methods.parts.standardize import Standardize

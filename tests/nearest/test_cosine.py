@@ -15,15 +15,12 @@ from numpy.typing import NDArray
 
 from hashdist.ground.errors import InvalidInput
 from hashdist.nearest import cosine
-from hashdist.nearest.cosine import (
+from hashdist.nearest.cosine import nearest, score_error, self_nearest, similarity
+from hashdist.nearest.shared import (
     Sparse,
     initial_similarity,
     inverted_lists,
-    nearest,
-    score_error,
-    self_nearest,
     shared_neighbour_ranking,
-    similarity,
     symmetric,
     union_similarity,
 )

@@ -14,8 +14,9 @@ from safetensors import torch as safetensors
 
 from hashdist.collection.decode import decode
 from hashdist.ground import telemetry
+from hashdist.ground.options import ReindexOptions
 from hashdist.ground.schema import OK
-from hashdist.ground.settings import FeatureSettings, PreprocessSettings, ReindexOptions, Settings
+from hashdist.ground.settings import FeatureSettings, PreprocessSettings, Settings
 from hashdist.index import open_index
 from hashdist.methods.contract import find_method, method_settings
 from hashdist.models.backbones import build_backbone

@@ -21,15 +21,18 @@ from PIL import Image
 
 from hashdist import cli
 from hashdist.collection.collection import Collection
-from hashdist.collection.readers.reader import FolderReader, content_digest
+from hashdist.collection.readers.folder import FolderReader
+from hashdist.collection.readers.reader import content_digest
 from hashdist.ground import telemetry
 from hashdist.ground.errors import InvalidInput, Refused
+from hashdist.ground.options import ReindexOptions
 from hashdist.ground.schema import OK
-from hashdist.ground.settings import GateSettings, ReindexOptions
+from hashdist.ground.settings import GateSettings
 from hashdist.index import open_index
 from hashdist.index.notes import MOST_FILES
 from hashdist.models.model import load_model
-from hashdist.reindex import find as stage
+from hashdist.reindex import encode as encoding
+from hashdist.reindex import find as finding
 from hashdist.reindex import run as reindex_run
 from hashdist.store import local, open_store
 from tests import REPOSITORY
@@ -45,7 +48,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Keys of the images that were given to the network since the test began."""
     seen: list[str] = []
-    before = stage.encode
+    before = encoding.encode
 
     def encode(model: Any, images: Any, outcome: Any, **more: Any) -> int:
         def told() -> Any:
@@ -55,7 +58,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return before(model, told(), outcome, **more)
 
-    monkeypatch.setattr(stage, "encode", encode)
+    monkeypatch.setattr(encoding, "encode", encode)
     return seen
 
 
@@ -168,7 +171,7 @@ def test_bytes_that_are_the_same_are_read_once_and_never_encoded(
     assert (index.version, index.manifest["shards"]) == (3, shards)  # no row was written again
     read: list[str] = []
     monkeypatch.setattr(FolderReader, "_get", lambda self, key: read.append(key))
-    monkeypatch.setattr(stage, "_scan", lambda found, *more: read.extend(entry.name for entry in found.files))
+    monkeypatch.setattr(finding, "_scan", lambda found, *more: read.extend(entry.name for entry in found.files))
     assert reindex_run.reindex(settings)["version"] == 3
     assert read == []
 
@@ -237,14 +240,14 @@ def test_bad_images_are_rows_with_a_reason(tmp_path: Path, encoded: list[str], m
     world.write(base, good | {key: data for key, (data, _) in bad.items()})
     world.empty_index(root)
     settings = world.settings_of(root, base)
-    find = stage.find
+    find = finding.find
 
     def find_and_lose(*words: Any) -> Any:
         found = find(*words)
         (base / "vanished.png").unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(stage, "find", find_and_lose)
+    monkeypatch.setattr(finding, "find", find_and_lose)
     monkeypatch.setattr("hashdist.store.local._regular", _refusing(local._regular))
     first = reindex_run.reindex(settings)
     assert (first["added"], first["failed"]) == (len(good), len(bad))
@@ -413,15 +416,9 @@ def test_an_index_without_a_model_or_a_wrong_collection_is_refused(tmp_path: Pat
 
 
 def test_pictures_that_came_later_are_found_by_key(tmp_path: Path) -> None:
-    from hashdist.collection.collection import (
-        REVISION,
-        assemble,
-        described,
-        label_numbers,
-        list_collection,
-        plan,
-        write_unit,
-    )
+    from hashdist.collection.collection import REVISION, assemble, plan, write_unit
+    from hashdist.collection.listing import described, list_collection
+    from hashdist.collection.vocabulary import label_numbers
     from hashdist.ground.settings import CollectionSettings
     from hashdist.store.commit import artefact
 

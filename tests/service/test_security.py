@@ -28,9 +28,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hashdist.collection.decode import BadImage, claimed_pixels, decode
-from hashdist.collection.readers.reader import Lost, TarReader, Unit
+from hashdist.collection.readers.reader import Lost, Unit
+from hashdist.collection.readers.tar import TarReader
 from hashdist.collection.vectors import list_source, plan
-from hashdist.commands.search import picture_tag
+from hashdist.commands.pictures import picture_tag
 from hashdist.ground.errors import Corrupt, InvalidInput
 from hashdist.ground.settings import CollectionSettings, ServiceSettings
 from hashdist.index import create_index
@@ -547,7 +548,7 @@ def test_pictures_of_a_sheet_are_decoded_as_all_others(monkeypatch: pytest.Monke
 
 
 def test_what_is_decoded_together_has_a_bound() -> None:
-    from hashdist.service.app import within
+    from hashdist.service.encoder import within
 
     assert claimed_pixels(bombs.png(8_000, 8_000, 1)) == 64_000_000
     assert claimed_pixels(b"") == 0
@@ -611,8 +612,8 @@ def test_a_sparse_member_of_a_tar_is_not_unpacked(tmp_path: Path, monkeypatch: p
 
 
 def test_an_image_file_beyond_any_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hashdist.collection.collection import list_collection
     from hashdist.collection.collection import plan as plan_scan
+    from hashdist.collection.listing import list_collection
 
     monkeypatch.setattr("hashdist.collection.readers.reader.MAX_BYTES", 10_000)
     growth_world.write(tmp_path, {"small.png": PNG, "large.png": bytes(20_000)})

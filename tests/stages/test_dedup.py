@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from hashdist import cli
 from hashdist.ground.bits import hamming
 from hashdist.ground.errors import AlreadyExists, InvalidInput, NotFound
-from hashdist.ground.settings import ClusterSettings, DedupOptions
+from hashdist.ground.options import DedupOptions
+from hashdist.ground.settings import ClusterSettings
 from hashdist.index import Index, create_index, open_index
 from hashdist.index.upkeep.compaction import compact
 from hashdist.stages import dedup

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from hashdist.ground.ranges import rank_slice
+from hashdist.ground.permutation import rank_slice
 from hashdist.methods import dsah
 from hashdist.methods.contract import Batch, Place, method_settings
 from hashdist.methods.parts.communicator import Communicator, SingleProcess, TorchDistributed

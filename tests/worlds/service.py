@@ -30,8 +30,10 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from hashdist.collection.collection import KIND, assemble, described, label_numbers, list_collection, plan, write_unit
+from hashdist.collection.collection import KIND, assemble, plan, write_unit
+from hashdist.collection.listing import described, list_collection
 from hashdist.collection.readers.reader import content_digest
+from hashdist.collection.vocabulary import label_numbers
 from hashdist.ground.settings import CollectionSettings
 from hashdist.index import Index, create_index, open_index
 from hashdist.index.shards.shard import Rows, parts, write_shard

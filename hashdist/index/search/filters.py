@@ -12,7 +12,6 @@ holds the tombstones too. Where few rows of a shard match, their codes are copie
 the sake of a few would cost more than it did without a filter.
 """
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 Operator = Literal["==", "!=", "<", "<=", ">", ">=", "between", "in", "not in", "all"]
 Flags = NDArray[np.bool_]
 
-_COMPARE: dict[str, Callable[..., pa.Array]] = {
+COMPARE: dict[str, Callable[..., pa.Array]] = {
     "==": pc.equal,
     "!=": pc.not_equal,
     "<": pc.less,
@@ -42,7 +41,7 @@ _COMPARE: dict[str, Callable[..., pa.Array]] = {
     ">": pc.greater,
     ">=": pc.greater_equal,
 }
-_LIST_OPERATORS = ("in", "not in", "all")
+LIST_OPERATORS = ("in", "not in", "all")
 _COPIED_BELOW = 1 / 16  # of a shard's rows: a masked scan then costs more than a copy of these rows
 MOST_CONDITIONS = 32
 """Of a filter that is given as text: each is looked at for every row."""
@@ -96,9 +95,9 @@ def column(name: str, operator: Operator, value: Any) -> Filter:
 
     Raises InvalidInput for another operator. Whether the column exists is known when the filter is used.
     """
-    if operator not in (*_COMPARE, "between", *_LIST_OPERATORS):
-        raise InvalidInput(f"no operator {operator!r}; there are {', '.join([*_COMPARE, 'between', *_LIST_OPERATORS])}")
-    several = operator in ("between", *_LIST_OPERATORS)
+    if operator not in (*COMPARE, "between", *LIST_OPERATORS):
+        raise InvalidInput(f"no operator {operator!r}; there are {', '.join([*COMPARE, 'between', *LIST_OPERATORS])}")
+    several = operator in ("between", *LIST_OPERATORS)
     if several and (isinstance(value, str) or not isinstance(value, Iterable)):
         value = [value]
     values = tuple(value) if several else (value,)
@@ -152,8 +151,8 @@ class _Predicate:
         if pa.types.is_null(stored.type):
             return np.zeros(len(stored), np.bool_)
         lists = pa.types.is_list(stored.type) or pa.types.is_large_list(stored.type)
-        if lists != (self.operator in _LIST_OPERATORS) and (lists or self.operator == "all"):
-            allowed = _LIST_OPERATORS if lists else (*_COMPARE, "between", "in", "not in")
+        if lists != (self.operator in LIST_OPERATORS) and (lists or self.operator == "all"):
+            allowed = LIST_OPERATORS if lists else (*COMPARE, "between", "in", "not in")
             raise InvalidInput(
                 f"column `{self.name}` holds {stored.type}, so `{self.operator}` cannot be asked of it; "
                 f"use one of: {', '.join(allowed)}"
@@ -164,8 +163,8 @@ class _Predicate:
         values = self._cast(stored.type)
         if self.operator == "between":
             return pc.and_(pc.greater_equal(stored, values[0]), pc.less_equal(stored, values[1]))
-        if self.operator in _COMPARE:
-            return _COMPARE[self.operator](stored, values[0])
+        if self.operator in COMPARE:
+            return COMPARE[self.operator](stored, values[0])
         found = _among(stored, values)
         return pa.array((~found if self.operator == "not in" else found) & _true(pc.is_valid(stored)))
 
@@ -305,110 +304,3 @@ class Selections:
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return made
-
-
-# As text
-
-
-_TOKEN = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|(<=|>=|==|!=|<|>|,)|([^\s,<>=!'"]+))""")
-
-
-class _Token(NamedTuple):
-    text: str
-    kind: Literal["quoted", "sign", "word"]
-
-
-def parse(text: str) -> Filter:
-    """A filter from text: conditions joined by `and`.
-
-    `NAME == V`, also `!=`, `<`, `<=`, `>`, `>=`; `NAME between V and V`; `NAME in V,V`; `NAME not in V,V`;
-    `NAME all V,V` (lists only). NAME is a column, `label`, `key` or `id` (the latter two with ==, !=, in and not in).
-    V is a number, true, false, a word, or text in quotes.
-
-    Raises InvalidInput saying where it stops making sense.
-    """
-    tokens = _tokens(text)
-    conditions: list[Filter] = []
-    at = 0
-    while True:
-        made, at = _condition(text, tokens, at)
-        conditions.append(made)
-        if len(conditions) > MOST_CONDITIONS:
-            raise InvalidInput(f"a filter may have at most {MOST_CONDITIONS} conditions; ask `NAME in V,V` for several")
-        if at == len(tokens):
-            return reduce(Filter.__and__, conditions)
-        if tokens[at] != ("and", "word"):
-            raise _misread(text, tokens, at, "`and` or the end")
-        at += 1
-
-
-def _tokens(text: str) -> list[_Token]:
-    tokens, at = [], 0
-    while text[at:].strip():
-        found = _TOKEN.match(text, at)
-        if not found:
-            raise InvalidInput(f"the filter {text!r}: cannot read {text[at:].strip()!r}")
-        single, double, sign, word = found.groups()
-        if sign or word:
-            tokens.append(_Token(sign or word, "sign" if sign else "word"))
-        else:
-            tokens.append(_Token(single if single is not None else double, "quoted"))
-        at = found.end()
-    return tokens
-
-
-def _condition(text: str, tokens: list[_Token], at: int) -> tuple[Filter, int]:
-    if at >= len(tokens) or tokens[at].kind == "sign":
-        raise _misread(text, tokens, at, "the name of a column, `key` or `id`")
-    name, at = tokens[at].text, at + 1
-    operator: Any = tokens[at].text if at < len(tokens) and tokens[at].kind != "quoted" else ""
-    if operator == "not" and at + 1 < len(tokens) and tokens[at + 1] == ("in", "word"):
-        operator, at = "not in", at + 1
-    if operator not in (*_COMPARE, "between", *_LIST_OPERATORS):
-        raise _misread(text, tokens, at, f"one of {', '.join([*_COMPARE, 'between', *_LIST_OPERATORS])}")
-    values, at = _values(text, tokens, at + 1, operator)
-    if name not in ("key", "id"):
-        return column(name, operator, values if len(values) > 1 or operator in _LIST_OPERATORS else values[0]), at
-    if operator not in ("==", "!=", "in", "not in"):
-        raise InvalidInput(f"the filter {text!r}: `{name}` is asked for by ==, !=, in and not in, not by {operator}")
-    keep = operator in ("==", "in")
-    if name == "key":
-        return keys(map(str, values), keep=keep), at
-    if not all(isinstance(value, int) for value in values):
-        raise InvalidInput(f"the filter {text!r}: an id is a whole number, found {values}")
-    return ids(values, keep=keep), at
-
-
-def _values(text: str, tokens: list[_Token], at: int, operator: str) -> tuple[list[Any], int]:
-    joint = {"between": _Token("and", "word")}.get(operator, _Token(",", "sign"))
-    values: list[Any] = []
-    while True:
-        if at >= len(tokens) or tokens[at].kind == "sign":
-            raise _misread(text, tokens, at, "a value")
-        values.append(_value(tokens[at]))
-        at += 1
-        if operator in _COMPARE or (operator == "between" and len(values) == 2):
-            return values, at
-        if at == len(tokens) or tokens[at] != joint:
-            if operator == "between":
-                raise _misread(text, tokens, at, "`and` and a second value")
-            return values, at
-        at += 1
-
-
-def _value(token: _Token) -> Any:
-    if token.kind == "quoted":
-        return token.text
-    if token.text in ("true", "false"):
-        return token.text == "true"
-    for number in (int, float):
-        try:
-            return number(token.text)
-        except ValueError:
-            continue
-    return token.text
-
-
-def _misread(text: str, tokens: Sequence[_Token], at: int, wanted: str) -> InvalidInput:
-    found = f"found {tokens[at].text!r}" if at < len(tokens) else "found the end"
-    return InvalidInput(f"the filter {text!r}: {wanted} must come next, {found}")

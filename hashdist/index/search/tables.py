@@ -32,9 +32,10 @@ from numpy.typing import NDArray
 
 from hashdist.ground.progress import say
 from hashdist.ground.ranges import blocks
+from hashdist.ground.threads import spread
 from hashdist.index.shards.shard import Shard, map_npy
 from hashdist.nearest import scan
-from hashdist.nearest.kernel import AS_BYTE, AS_ID, AS_U32, address, is_dead, kernel, load, spread
+from hashdist.nearest.kernel import AS_BYTE, AS_ID, AS_U32, address, is_dead, kernel, load
 from hashdist.store.cache import cache_folder
 
 Use = Literal["auto", "on", "off"]

@@ -17,3 +17,12 @@ def similar_pairs(labels_nC: NDArray[np.bool_]) -> int:
     counts_S = np.bincount(numbers, minlength=len(sets_SC))
     return sum(int(images) * int(counts_S[(sets_SC & own_C).any(1)].sum())
                for own_C, images in zip(sets_SC, counts_S, strict=True))  # fmt: skip
+
+
+def one_hot(labels: list[list[int] | None]) -> NDArray[np.bool_]:
+    """bool [n, C] of the labels of each image, C being the largest label and one; no label: a row of False."""
+    classes = 1 + max((label for row in labels for label in row or []), default=-1)
+    table = np.zeros((len(labels), classes), np.bool_)
+    for row, given in enumerate(labels):
+        table[row, given or []] = True
+    return table

@@ -31,7 +31,7 @@ from hashdist.index.search.tables import Use
 from hashdist.index.shards.shard import opening
 from hashdist.index.view import View
 from hashdist.nearest import scan
-from hashdist.stages.cluster import session
+from hashdist.stages.cluster import metrics
 from hashdist.store.commit import Log, Version
 
 _VERSIONS_HELD = 2
@@ -253,7 +253,7 @@ class Searcher:
     """What runs in a peer's process: parts of the last versions, opened."""
 
     def __init__(self) -> None:
-        telemetry.set_sink(session.RaySink())
+        telemetry.set_sink(metrics.RaySink())
         self._views: dict[str, View] = {}
         self._opening = Lock()
 

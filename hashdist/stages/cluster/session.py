@@ -3,26 +3,17 @@
 import logging
 import os
 import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from http.client import HTTPException
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.exceptions import RayTaskError
-from ray.util import metrics as ray_metrics
 
-from hashdist.ground import telemetry
-from hashdist.ground.progress import Progress, say
+from hashdist.ground import exporting
+from hashdist.ground.progress import say
 from hashdist.ground.settings import ClusterSettings, Settings
-from hashdist.store.commit import Artefact
+from hashdist.stages.cluster.metrics import RaySink
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -96,7 +87,7 @@ def _start(settings: ClusterSettings, folder: str) -> None:
 @contextmanager
 def observed_session(settings: Settings) -> Iterator[None]:
     """A session in which observations of this process go where the settings say, else into Ray."""
-    with session(settings.cluster), telemetry.exported(settings.metrics, RaySink()):
+    with session(settings.cluster), exporting.exported(settings.metrics, RaySink()):
         yield
 
 
@@ -167,145 +158,3 @@ def cpus_per_gpu() -> int:
 def _machines() -> list[dict[str, float]]:
     """What each machine of the session has."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-
-
-def run_parts(
-    artefact: Artefact,
-    parts: Sequence[int],
-    work: Callable[[int], dict[str, Any]],
-    *,
-    label: str,
-    at_once: int,
-    num_cpus: float = 1,
-    num_gpus: float = 0,
-) -> dict[int, dict[str, Any]]:
-    """Run `work(part)` as Ray tasks for every part without a record, at most `at_once` together.
-
-    `work` writes the part's data under names of its own and returns the record's body; the task publishes it
-    create-only, so a retried or duplicated task is harmless: the first record wins. Returns the records of all
-    parts, old and new. An error of `work` ends the run; finished parts stay committed. What `label` says before a
-    colon is the stage, for the metrics.
-    """
-    done = {p: r for p, r in artefact.parts().items() if p in set(parts)}
-    missing = [part for part in parts if part not in done]
-    stage = label.partition(":")[0]
-    telemetry.PARTS.inc(len(done), stage=stage, outcome="found")
-    task = partial(_run_part, artefact, work, stage)
-    options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    for number, record in run_tasks(task, missing, label=label, at_once=at_once, found=len(done), **options):
-        done[missing[number]] = record
-        telemetry.PARTS.inc(stage=stage, outcome="new")
-    return done
-
-
-def _run_part(artefact: Artefact, work: Callable[[int], dict[str, Any]], stage: str, part: int) -> dict[str, Any]:
-    started = time.perf_counter()
-    record = work(part)
-    seconds = time.perf_counter() - started
-    telemetry.PART_SECONDS.observe(seconds, stage=stage)
-    return artefact.publish_part(part, {**record, "seconds": seconds})
-
-
-def run_tasks(
-    work: Callable[[Any], Any],
-    items: Sequence[Any],
-    *,
-    label: str,
-    at_once: int,
-    num_cpus: float = 1,
-    num_gpus: float = 0,
-    found: int = 0,
-) -> Iterator[tuple[int, Any]]:
-    """Run `work(item)` as Ray tasks, at most `at_once` together; yields (number of the item, result) as they end.
-
-    For work that leaves nothing behind or writes under names of its own: a task whose worker dies is run again. An
-    error of `work` is raised as it is, after the tasks beside it were cancelled. `found` items were done before.
-    """
-    task = ray.remote(_run_task).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=4)
-    shared = ray.put(work)
-    running: dict[Any, int] = {}
-    queue = iter(enumerate(items))
-    try:
-        with Progress(label, found + len(items), found) as progress:
-            while True:
-                while len(running) < at_once and (entry := next(queue, None)) is not None:
-                    running[task.remote(shared, entry[1])] = entry[0]
-                if not running:
-                    return
-                ready, _ = ray.wait(list(running), num_returns=1)
-                for reference in ready:
-                    number = running.pop(reference)
-                    yield number, _result(reference)
-                    progress.step()
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-
-
-def _result(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from None
-
-
-def _run_task(work: Callable[[Any], Any], item: Any) -> Any:
-    telemetry.set_sink(RaySink())
-    return work(item)
-
-
-class RaySink:
-    """Observations into ray.util.metrics: for code inside Ray processes. Ray prefixes the names with `ray_`."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, Any] = {}
-        self._making = Lock()
-
-    def observe(self, metric: telemetry.Metric, value: float, labels: dict[str, str]) -> None:
-        """Into Ray's metrics agent."""
-        with self._making:
-            made = self._made.get(metric.name) or self._made.setdefault(metric.name, self._make(metric))
-        if metric.kind == "counter" and value <= 0:
-            return
-        getattr(made, telemetry.VERB[metric.kind])(value, tags=labels)
-
-    @staticmethod
-    def _make(metric: telemetry.Metric) -> Any:
-        labels = tuple(metric.labels)
-        if metric.kind == "counter":
-            # Ray adds _total itself
-            return ray_metrics.Counter(metric.name.removesuffix("_total"), metric.help, tag_keys=labels)
-        if metric.kind == "gauge":
-            return ray_metrics.Gauge(metric.name, metric.help, tag_keys=labels)
-        return ray_metrics.Histogram(metric.name, metric.help, boundaries=list(metric.buckets), tag_keys=labels)
-
-
-def exported_metrics(timeout_s: float = 2.0) -> str:
-    """What all nodes' metrics agents hold of this package, as one Prometheus text.
-
-    For any process of a Ray session. An agent that gives no Prometheus text in time is counted in a comment.
-    """
-    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return _merged([_agent(node) for node in alive], timeout_s)
-
-
-def _agent(node: dict[str, Any]) -> str:
-    address = node["NodeManagerAddress"]
-    return f"http://{f'[{address}]' if ':' in address else address}:{node['MetricsExportPort']}/metrics"
-
-
-def _merged(urls: Sequence[str], timeout_s: float) -> str:
-    families, silent = telemetry.Families("ray_hashdist_"), 0
-    fetch = partial(urllib.request.build_opener(urllib.request.ProxyHandler({})).open, timeout=timeout_s)
-    with ThreadPoolExecutor(max(1, len(urls))) as pool:
-        for answer in [pool.submit(_text, fetch, url) for url in urls]:
-            try:
-                families.add(answer.result())
-            except (OSError, ValueError, HTTPException):
-                silent += 1
-    return families.text() + f"# {len(urls) - silent} of {len(urls)} metrics agents answered\n"
-
-
-def _text(fetch: Callable[[str], Any], url: str) -> str:
-    with fetch(url) as answer:
-        return str(answer.read().decode())

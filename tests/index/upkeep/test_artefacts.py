@@ -12,14 +12,17 @@ import pytest
 from PIL import Image as Picture
 
 from hashdist import cli
-from hashdist.collection import collection as committed
-from hashdist.collection.collection import Collection, list_collection
+from hashdist.collection import collection as collection_module
+from hashdist.collection import listing as listing_module
+from hashdist.collection import vocabulary
+from hashdist.collection.collection import Collection
+from hashdist.collection.listing import list_collection
 from hashdist.commands import purge
-from hashdist.commands.purge import Artefacts, erase
 from hashdist.ground.ids import image_id, image_ids
 from hashdist.ground.schema import OK, from_vectors, to_vectors, vector_schema
 from hashdist.ground.settings import CollectionSettings
 from hashdist.index import create_index, open_index
+from hashdist.index.upkeep.artefacts import Artefacts, erase
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, Log, artefact, open_artefact, write_file, write_table
 from hashdist.store.vectors import read_vectors
@@ -68,11 +71,11 @@ def committed_collection(root: str, images: str) -> Artefact:
     chosen = CollectionSettings(uri=images, part_rows=3)
     listing = list_collection(chosen)
     target = artefact(open_store(root), "collections", inputs={"l": listing.digest}, settings={}, revision=1)
-    planned = committed.plan(listing, 3)
-    units = [committed.write_unit(target, unit, planned.reader.scan(unit), 3) for unit in planned.units]
-    labels = committed.label_numbers(planned.reader, units)
-    fields = committed.assemble(target, units, salts=planned.salts, labels=labels, part_rows=3)
-    target.publish({**committed.described(listing), **fields, "settings": chosen.identity()})
+    planned = collection_module.plan(listing, 3)
+    units = [collection_module.write_unit(target, unit, planned.reader.scan(unit), 3) for unit in planned.units]
+    labels = vocabulary.label_numbers(planned.reader, units)
+    fields = collection_module.assemble(target, units, salts=planned.salts, labels=labels, part_rows=3)
+    target.publish({**listing_module.described(listing), **fields, "settings": chosen.identity()})
     return target
 
 
@@ -154,7 +157,9 @@ def test_a_collection_is_read_as_before_without_the_image(root_uri: str, tmp_pat
     assert (after.manifest()["rows"], after.manifest()["failed"]) == (counts["rows"] - 1, counts["failed"])
     assert sum(part["rows"] for part in after.manifest()["parts"]) == collection.rows == len(images)
     assert list(collection.fetch([images[0].key])) == [images[0].key]
-    assert len(committed.subset(open_store(root_uri), after, [image.id for image in images[:3]]).manifest()["files"])
+    assert len(
+        collection_module.subset(open_store(root_uri), after, [image.id for image in images[:3]]).manifest()["files"]
+    )
     broken = next(k for k in before if "broken" in k)
     assert erase(root_uri, [broken, images[0].key]).rewritten >= 1
     now = open_artefact(made.uri, "collections").manifest()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.ranges import rank_slice
+from hashdist.ground.permutation import rank_slice
 from hashdist.methods.parts.communicator import SingleProcess
 from hashdist.methods.parts.pairs import NORM_FLOOR, FlatGradients, all_rows, signs, sum_over_ranks, unit, with_own_rows
 from tests.worlds.training import on_ranks

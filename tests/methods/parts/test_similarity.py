@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.ranges import permutation
+from hashdist.ground.permutation import permutation
 from hashdist.methods.parts.communicator import Communicator, SingleProcess
 from hashdist.methods.parts.similarity import GRID, ROW_BLOCK, Agreement, ImplicitW, quantize
 from tests.worlds.training import on_ranks, sparse

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hashdist import cli
 from hashdist.ground.telemetry import DECLARED
 from hashdist.stages import pipeline
-from hashdist.stages.cluster import session
+from hashdist.stages.cluster import metrics, session
 
 pytestmark = pytest.mark.cluster
 
@@ -78,7 +78,7 @@ def require_declared(text: str) -> None:
 
 def poll(url: str, until: threading.Event, of_driver: list[str], seen: set[str]) -> None:
     while not until.wait(0.4):
-        seen |= {line.split()[2] for line in session.exported_metrics().splitlines() if line.startswith("# TYPE")}
+        seen |= {line.split()[2] for line in metrics.exported_metrics().splitlines() if line.startswith("# TYPE")}
         with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
             of_driver.append(answer.read().decode())
 
@@ -115,7 +115,7 @@ def scraped(ray_session: None, s3_endpoint: str, tmp_path_factory: pytest.TempPa
         "evaluate: {protocol: ''}\n"
     )
     time.sleep(2)  # what tests before this one have counted has come
-    before = session.exported_metrics()
+    before = metrics.exported_metrics()
     of_driver: list[str] = []
     seen: set[str] = set()
     over = threading.Event()
@@ -140,7 +140,7 @@ def scraped(ray_session: None, s3_endpoint: str, tmp_path_factory: pytest.TempPa
 def _when_all_is_there() -> str:
     """Processes report every second; the driver's newest gauge is the last to come."""
     for _ in range(40):
-        text = session.exported_metrics()
+        text = metrics.exported_metrics()
         if total(text, "hashdist_stage_rows", stage="reindex") and total(text, "hashdist_train_steps_total"):
             return text
         time.sleep(0.5)

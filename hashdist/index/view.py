@@ -46,7 +46,7 @@ class Hits:
     scores: NDArray[np.float64] | None = None
 
     def keys(self) -> list[list[str]]:
-        """The keys, [Q][k']; reads only these rows."""
+        """The keys: for each of the Q queries a list of k'. Reads only these rows."""
         flat = self._view.keys_of(self.ids.ravel())
         width = self.ids.shape[1]
         return [flat[q * width : (q + 1) * width] for q in range(len(self.ids))]

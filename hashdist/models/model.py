@@ -70,7 +70,8 @@ def load_model(uri: str, *, threads: int = 1, device: str = "cpu") -> "Model":
         device: where the backbone and the head run.
 
     Raises:
-        NotFound: nothing is committed there. InvalidInput: another kind of artefact, or a newer format.
+        NotFound: nothing is committed there.
+        InvalidInput: another kind of artefact, or a newer format.
         Corrupt: weights that are not those that were committed.
     """
     return Model(open_artefact(uri, "models"), threads=threads, device=device)

@@ -17,8 +17,8 @@ from PIL import Image
 from hashdist import cli, open_index
 
 TUTORIALS = Path(__file__).resolve().parents[2] / "docs" / "tutorials"
-QUICK = {"train": {"options": {"epochs": 1}}}
-"""What a test adds to the settings: fewer epochs than a user would take."""
+QUICK = {"train": {"options": {"epochs": 1}, "workers": 1}}
+"""What a test adds to the settings: fewer epochs and processes than a user would take."""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -78,11 +78,3 @@ def test_vectors_of_your_own(
     index = open_index("hashdist/indexes/vectors")
     assert index.rows == 2000
     assert "doc-new" in set(index.keys())
-
-
-def test_every_command_of_the_cluster_is_one() -> None:
-    for language, text in blocks("cluster.md"):
-        for line in text.splitlines() if language == "bash" else []:
-            program, *words = shlex.split(line)
-            if program == "hashdist":
-                cli.parse(words[0], words[1:])

@@ -143,7 +143,7 @@ class Setting(NamedTuple):
 
 
 @cache
-def described(kind: Any, prefix: str = "") -> dict[str, Setting]:
+def described(kind: type, prefix: str = "") -> dict[str, Setting]:
     """Every setting of a class of settings by full name, with those of the classes inside it."""
     arguments = (getdoc(kind) or "").partition("Args:\n")[2]
     texts = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", arguments, re.MULTILINE))
@@ -151,7 +151,7 @@ def described(kind: Any, prefix: str = "") -> dict[str, Setting]:
     for field in fields(kind):
         value = getattr(defaults, field.name)
         if is_dataclass(value):
-            found |= described(type(value), f"{prefix}{field.name}.")
+            found |= described(hints[field.name], f"{prefix}{field.name}.")
         else:
             found[prefix + field.name] = Setting(
                 hints[field.name], " ".join(texts[field.name].split()).rstrip("."), value

@@ -26,14 +26,14 @@ def pipeline(result: Mapping[str, Any]) -> str:
             name,
             stage.get("rows"),
             stage.get("failed"),
-            round(stage["seconds"], 1),
+            f"{stage['seconds']:.1f}",
             "found" if stage["skipped"] else "made",
             stage["snapshot"],
         )
         for name, stage in stages.items()
         if name != "evaluate"
     ]
-    parts = [table(["stage", "rows", "failed", "seconds", "", "where"], rows)]
+    parts = [table(["stage", "rows", "failed", "seconds", "state", "where"], rows)]
     if "evaluate" in stages:
         parts.append(evaluation(stages["evaluate"]))
     if "index" in stages:
@@ -47,7 +47,7 @@ def evaluation(result: Mapping[str, Any]) -> str:
     names = [name for name in next(iter(methods.values())) if name == _MAIN or not name.endswith(_VARIANTS)]
     about = f"{result['queries']} queries, {result['database']} images, {result['bits']} bits"
     protocol = f", protocol {result['protocol']}" if result["protocol"] else ""
-    rows = [(name, *(round(metrics[name], 4) for metrics in methods.values())) for name in names]
+    rows = [(name, *(f"{metrics[name]:.4f}" for metrics in methods.values())) for name in names]
     rest = "docs/protocols.md explains the metrics; --json has all of them, and the curves"
     return "\n".join([about + protocol, table(["metric", *methods], rows), rest])
 

@@ -1,6 +1,7 @@
 """Tables as lines of text: columns stand below each other, numbers to the right, nothing wider than the terminal."""
 
 import io
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from shutil import get_terminal_size
@@ -8,6 +9,7 @@ from typing import Any
 
 from hashdist.ground.progress import plain
 
+_NUMBER = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?")
 _LOG_COLUMNS = 10_000  # a row of a log is one line, however long
 
 
@@ -23,12 +25,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
     columns = get_terminal_size().columns if sys.stdout.isatty() else _LOG_COLUMNS
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    rows = [tuple(row) for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
     for place, name in enumerate(head):
-        numeric = all(isinstance(row[place], int | float | None) for row in rows)
+        numeric = all(_NUMBER.fullmatch(row[place]) for row in cells)
         made.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(cell(value)) for value in row))
+    for row in cells:
+        made.add_row(*map(Text, row))
     sink = io.StringIO()
     Console(file=sink, width=columns, color_system=None).print(made)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())

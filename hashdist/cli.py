@@ -100,10 +100,11 @@ def _split(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like this one, or of which this one is the last part (`bits`: train.bits)."""
+    """The known name that is most like this one, whole or in its last part (`bits`: train.bits); None if none is."""
     names = list(known)
-    ends = [one for one in names if one.rpartition(".")[2] == name]
-    return next(iter(ends or difflib.get_close_matches(name, names, 1)), None)
+    by_name = {one.rpartition(".")[2]: one for one in reversed(names)} | {one: one for one in names}
+    close = difflib.get_close_matches(name, by_name, 1)
+    return by_name[close[0]] if close else None
 
 
 def _hint(near: str | None) -> str:
@@ -203,7 +204,7 @@ def _full_name(command: Command, flag: str) -> str:
     name = flag[2:].replace("-", "_") if flag.startswith("--") else flag
     taken = {*command.own, *SWITCHES, CONFIG, *(field.name for field in fields(Settings))}
     full = f"{command.short}.{name}"
-    return full if command.short and name not in taken and full in command.settings else name
+    return full if command.short and name not in taken and _is_known(full, command.settings) else name
 
 
 def _is_known(flag: str, known: Mapping[str, Any]) -> bool:

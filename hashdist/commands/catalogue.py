@@ -309,7 +309,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "hashdist.commands.purge:index_purge",
             ("root", "index.uri"),
             ('index purge 3/0003.png --reason "asked for"', "index purge --keys-file keys.txt"),
-            _INDEX,
+            ("root", "index.uri"),
             options=PurgeOptions,
             first="keys",
             word="KEY...",

@@ -48,7 +48,7 @@ def evaluation(result: Mapping[str, Any]) -> str:
     about = f"{result['queries']} queries, {result['database']} images, {result['bits']} bits"
     protocol = f", protocol {result['protocol']}" if result["protocol"] else ""
     rows = [(name, *(f"{metrics[name]:.4f}" for metrics in methods.values())) for name in names]
-    rest = "docs/protocols.md explains the metrics; --json has all of them, and the curves"
+    rest = "docs/command_line.md explains these; --json has all metrics, and the curves"
     return "\n".join([about + protocol, table(["metric", *methods], rows), rest])
 
 

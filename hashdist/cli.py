@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, rest = _split(words)
         return _show(_run(name, rest), as_json)
     except HashdistError as error:
-        say(f"hashdist: {type(error).__name__}: {error}")
+        for line in f"hashdist: {type(error).__name__}: {error}".split("\n"):
+            say(line)
         if as_json:
             print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}))  # noqa: T201
         return error.exit_code

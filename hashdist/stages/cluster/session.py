@@ -13,8 +13,8 @@ from ray._private import ray_constants
 from hashdist.ground import exporting
 from hashdist.ground.progress import say
 from hashdist.ground.settings import ClusterSettings, Settings
-from hashdist.stages.cluster.metrics import RaySink
 from hashdist.stages.cluster import quiet
+from hashdist.stages.cluster.metrics import RaySink
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",

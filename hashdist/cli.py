@@ -1,7 +1,8 @@
 """The command line: argv -> settings -> one command -> one result.
 
-Flags and YAML come from the same dataclasses (hashdist/ground/settings.py). Progress goes to stderr; the result goes to
-stdout, with --json as exactly one JSON object. Exit codes: 0 done, 2 wrong input, 1 anything else.
+Commands stand in hashdist/commands/catalogue.py; flags and YAML come from the same dataclasses
+(hashdist/ground/settings.py). Progress goes to stderr; the result goes to stdout, with --json as exactly one JSON
+object. Exit codes: 0 done, 2 wrong input, 1 anything else.
 """
 
 import difflib
@@ -10,160 +11,47 @@ import json
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from hashdist import __version__
+from hashdist.commands.catalogue import COMMANDS, CONFIG, SWITCHES, Command, families, flags
 from hashdist.ground import exporting
 from hashdist.ground.errors import HashdistError, InvalidInput
-from hashdist.ground.options import (
-    CompactOptions,
-    CompareOptions,
-    ConvertOptions,
-    DedupOptions,
-    PromoteOptions,
-    ProtocolCheckOptions,
-    ProtocolOptions,
-    PurgeOptions,
-    QuickstartOptions,
-    ReindexOptions,
-    ReportOptions,
-    RollbackOptions,
-    SearchOptions,
-    StorageOptions,
-    TagOptions,
-    VacuumOptions,
-)
 from hashdist.ground.progress import plain, say
 from hashdist.ground.settings import MetricsSettings, Settings
 
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process that a job was submitted to run."""
 
+_ROOT = "hashdist"
+"""Folder that everything is committed below, where no root is given."""
 
-@dataclass(frozen=True)
-class Command:
-    """A command: what it does, and the `module:function` that does it, imported only when it is called.
-
-    The function takes the settings, then `fixed`, then the command's own options if it has any. `first`: the option
-    that a first word without dashes stands for.
-    """
-
-    help: str
-    target: str
-    fixed: tuple[str, ...] = ()
-    options: type | None = None
-    short: str = ""
-    """Section whose settings may be given without its name: `--method` for `--train.method`."""
-    first: str = ""
-
-
-def _stage(stage: str, text: str, short: str = "") -> Command:
-    return Command(text, "hashdist.stages.pipeline:run_stage", (stage,), short=short)
-
-
-COMMANDS = {
-    "quickstart": Command(
-        "real images through every stage, a search, an evaluation, a growth step and a report",
-        "hashdist.commands.quickstart:run",
-        options=QuickstartOptions,
-    ),
-    "pipeline": Command("every stage in order, skipping what is committed", "hashdist.stages.pipeline:run_all"),
-    "collection": _stage("collection", "list the images and commit the listing"),
-    "features": _stage("features", "one feature vector per image, or the user's own features"),
-    "graph": _stage("graph", "exact kNN graph of the training sample"),
-    "train": _stage("train", "train a hash function", short="train"),
-    "encode": _stage("encode", "codes of the whole collection"),
-    "index build": _stage("index", "build the sharded index from the codes"),
-    "index log": Command("the versions of an index", "hashdist.commands.index:index_log"),
-    "index tag": Command(
-        "name a version, which then stays", "hashdist.commands.index:index_tag", options=TagOptions, first="name"
-    ),
-    "index rollback": Command(
-        "a new version with the content of an older one",
-        "hashdist.commands.index:index_rollback",
-        options=RollbackOptions,
-    ),
-    "index promote": Command(
-        "serve the candidate that waits", "hashdist.commands.index:index_promote", options=PromoteOptions
-    ),
-    "index discard": Command("drop the candidate that waits", "hashdist.commands.index:index_discard"),
-    "index verify": Command("read and check every byte of every kept version", "hashdist.commands.index:index_verify"),
-    "index vacuum": Command(
-        "expire old versions, and delete what nothing needs",
-        "hashdist.commands.index:index_vacuum",
-        options=VacuumOptions,
-    ),
-    "index compact": Command(
-        "merge small shards and drop deleted rows", "hashdist.commands.index:index_compact", options=CompactOptions
-    ),
-    "index purge": Command(
-        "erase images from all versions and artefacts",
-        "hashdist.commands.purge:index_purge",
-        options=PurgeOptions,
-        first="keys",
-    ),
-    "search": Command("search by image, key or code", "hashdist.commands.search:run", options=SearchOptions),
-    "dedup": Command("clusters of near-duplicates", "hashdist.commands.dedup:dedup", options=DedupOptions),
-    "evaluate": _stage("evaluate", "mAP, precision and recall by a protocol"),
-    "compare": Command(
-        "methods x code lengths x seeds on one protocol: tables and figures",
-        "hashdist.commands.compare:run",
-        options=CompareOptions,
-    ),
-    "reindex": Command(
-        "index what was added, changed or removed since: what a cron runs",
-        "hashdist.reindex.run:reindex",
-        options=ReindexOptions,
-    ),
-    "serve": Command("the search service, with a page: until it is stopped", "hashdist.service.app:serve"),
-    "report": Command("one HTML page of a run", "hashdist.commands.report:write", options=ReportOptions),
-    "protocol make": Command(
-        "write the query, training and database sets of a protocol to a file",
-        "hashdist.commands.protocol:protocol_make",
-        options=ProtocolOptions,
-    ),
-    "protocol check": Command(
-        "check a protocol file, and that a collection has its images",
-        "hashdist.commands.protocol:protocol_check",
-        options=ProtocolCheckOptions,
-        first="file",
-    ),
-    "dataset convert": Command(
-        "write a data set in its own layout as a parquet collection with labels",
-        "hashdist.commands.protocol:dataset_convert",
-        options=ConvertOptions,
-    ),
-    "storage check": Command(
-        "prove what a store must do to be written to",
-        "hashdist.commands.storage:storage_check",
-        options=StorageOptions,
-        first="uri",
-    ),
-}
+_FULL = ("--help-all", "--help_all")
+_HELP = ("-h", "--help", *_FULL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(_overview())  # noqa: T201
-        return 0
-    if words[0] == "--version":
-        print(__version__)  # noqa: T201
-        return 0
     as_json = "--json" in words
     try:
+        text = _about(words)
+        if text is not None:
+            print(text)  # noqa: T201
+            return 0
         name, rest = _split(words)
         return _show(_run(name, rest), as_json)
     except HashdistError as error:
-        say(f"hashdist: {type(error).__name__}: {error}")
+        for line in f"hashdist: {type(error).__name__}: {error}".split("\n"):
+            say(line)
         if as_json:
             print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}))  # noqa: T201
         return error.exit_code
@@ -172,111 +60,184 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: hashdist COMMAND [--config FILE.yaml] [--json] [--section.setting VALUE ...]",
-            "",
-            *lines,
-            "",
-            "`hashdist COMMAND --help` lists every setting. A setting on the command line wins over the file.",
-        ]
-    )
+def _about(words: Sequence[str]) -> str | None:
+    """The answer to a question about the command line itself (--help, --version); None for any other words."""
+    if words and words[0] == "--version":
+        return str(_load("hashdist.commands.help:versions")())
+    asked = next((word for word in words or ["--help"] if word in _HELP), None)
+    if asked is None:
+        return None
+    names = list(takewhile(lambda word: not word.startswith("-"), words))
+    if not names:
+        return str(_load("hashdist.commands.help:overview")())
+    if names in [[family] for family in families()]:
+        return str(_load("hashdist.commands.help:of_family")(names[0]))
+    return str(_load("hashdist.commands.help:of_command")(_split(words)[0], full=asked in _FULL))
 
 
-def _split(words: list[str]) -> tuple[str, list[str]]:
-    """The command's name, of one or two words, and what follows it."""
+def _load(target: str) -> Callable[..., Any]:
+    """What `module:name` names."""
+    module, _, name = target.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _split(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command's name, of one or two words, and what follows it. Raises InvalidInput if there is no such command."""
     for count in (2, 1):
         name = " ".join(words[:count])
         if name in COMMANDS:
-            return name, words[count:]
-    near = difflib.get_close_matches(" ".join(words[:2]), COMMANDS, 1) or difflib.get_close_matches(words[0], COMMANDS)
-    hint = f"; did you mean `{near[0]}`?" if near else ""
-    raise InvalidInput(f"no command `{words[0]}`{hint}; the commands are: {', '.join(COMMANDS)}")
+            return name, list(words[count:])
+    family = families().get(words[0])
+    if family and (len(words) == 1 or words[1].startswith("-")):
+        raise InvalidInput(
+            f"`hashdist {words[0]}` must be followed by what to do: {', '.join(family)}; "
+            f"`hashdist {words[0]} --help` says what each does"
+        )
+    known = family or list(COMMANDS)
+    near = nearest(" ".join(words[:2]), known) or nearest(words[0], known)
+    typed = " ".join(words[:2]) if family else words[0]
+    raise InvalidInput(f"no command `{typed}`{_hint(near)}; the commands are: {', '.join(known)}")
 
 
-def _run(name: str, words: list[str]) -> dict[str, Any]:
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like this one, whole or in its last part (`bits`: train.bits); None if none is."""
+    names = list(known)
+    by_name = {one.rpartition(".")[2]: one for one in reversed(names)} | {one: one for one in names}
+    close = difflib.get_close_matches(name, by_name, 1)
+    return by_name[close[0]] if close else None
+
+
+def _hint(near: str | None) -> str:
+    return f"; did you mean `{near}`?" if near else ""
+
+
+def _run(name: str, words: Sequence[str]) -> dict[str, Any]:
     command = COMMANDS[name]
     settings, options = parse(name, words)
-    module, function = command.target.split(":")
-    call = getattr(importlib.import_module(module), function)
+    settings = _with_root(command, settings)
     arguments = [*command.fixed, *([options] if command.options else [])]
+    call = _load(command.target)
     with _observed(settings):
         result: dict[str, Any] = call(settings, *arguments)
     return result
 
 
+def _with_root(command: Command, settings: Settings) -> Settings:
+    """The settings with a root, which is ./hashdist where a command needs one and none is given.
+
+    A submitted job is left without: its own folder is deleted when it ends. Raises InvalidInput where ./hashdist holds
+    something else.
+    """
+    named = settings.root or (settings.index.uri and "collection" not in command.reads)
+    if named or not command.rooted or _RAY_JOB in os.environ:
+        return settings
+    root = Path(_ROOT).absolute()
+    if root.is_file() or (root / "__init__.py").exists():
+        raise InvalidInput(f"a root is required, found none, and {root} is no folder for one; give --root URI")
+    say(f"hashdist: the root is {root}, as none was given; --root FOLDER or --root s3://BUCKET/PREFIX names another")
+    return replace(settings, root=str(root))
+
+
 def _observed(settings: Settings) -> AbstractContextManager[object]:
     """While it is open, observations go where the settings say; else into Ray, if this is the process of a Ray job."""
     if _RAY_JOB in os.environ and settings.metrics == MetricsSettings():
-        distributed = importlib.import_module("hashdist.stages.cluster.session")
-        session: AbstractContextManager[object] = distributed.observed_session(settings)
+        session: AbstractContextManager[object] = _load("hashdist.stages.cluster.session:observed_session")(settings)
         return session
     return exporting.exported(settings.metrics)
+
+
+# Words into settings
 
 
 def parse(name: str, words: Sequence[str]) -> tuple[Settings, Any]:
     """Settings and the command's own options from the words after its name. Raises InvalidInput."""
     command = COMMANDS[name]
-    words = _with_first(command, list(words))
-    words = _spelled([_long(word, command.short) for word in words], [Settings, *filter(None, [command.options])])
+    kinds = [Settings, *filter(None, [command.options])]
     parser = ArgumentParser(prog=f"hashdist {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
-    parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
-    parser.add_class_arguments(Settings)
-    if command.options:
-        parser.add_class_arguments(command.options)
+    parser.add_argument(f"--{CONFIG}", action="config")
+    parser.add_argument("--json", action="store_true")
+    for kind in kinds:
+        parser.add_class_arguments(kind)
     try:
-        _check_files(words, [Settings, *([command.options] if command.options else [])])
-        given = parser.instantiate(parser.parse_args(list(words)))
+        spelled = _spelled(name, words)
+        _check_files(spelled, kinds)
+        given = parser.instantiate(parser.parse_args(spelled))
     except (ArgumentError, TypeError) as error:
-        raise InvalidInput(f"{_plain(error)}; `hashdist {name} --help` lists every setting") from error
+        raise InvalidInput(f"{_plain(error)}; `hashdist {name} --help-all` lists every setting") from error
     return _made(Settings, given), _made(command.options, given) if command.options else None
 
 
-def _with_first(command: Command, words: list[str]) -> list[str]:
-    """The words before the first flag as the option that they stand for: one word, or all of them for a list."""
-    if not command.first or not words or words[0].startswith("-"):
-        return words
-    assert command.options is not None
-    if get_type_hints(command.options)[command.first] is str:
-        return [f"--{command.first}", *words]
-    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    return [f"--{command.first}={json.dumps(words[:count])}", *words[count:]]
+def _spelled(name: str, words: Sequence[str]) -> list[str]:
+    """The words as the parser reads them: each `--full.name=value`. Raises InvalidInput for what has no such name."""
+    command, rest = COMMANDS[name], deque(words)
+    known = {**command.own, **dict(flags(Settings))}
+    spelled, free = [], []
+    while rest:
+        word = rest.popleft()
+        if not _is_flag(word):
+            free.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        flag = _full_name(command, flag)
+        if flag in SWITCHES:
+            spelled.append(f"--{flag}{equals}{value}")
+            continue
+        if not _is_known(flag, known):
+            near = nearest(flag, [*command.own, *command.settings, *SWITCHES, CONFIG]) or nearest(flag, known)
+            raise InvalidInput(
+                f"unknown setting `{word.partition('=')[0]}`{_hint(near and f'--{near}')}; "
+                f"`hashdist {name} --help-all` lists every setting"
+            )
+        spelled.append(f"--{flag}={value if equals else _value(flag, known.get(flag), rest)}")
+    return [*_first(name, free), *spelled]
 
 
-def _long(word: str, section: str) -> str:
-    """`--method` as `--train.method`, where the command has such a section and no setting of its own of that name."""
-    name = word.removeprefix("--").partition("=")[0]
-    known = {field.name for field in fields(getattr(Settings(), section))} if section else set()
-    own = {"config", "json", *(field.name for field in fields(Settings))}
-    return f"--{section}.{word.removeprefix('--')}" if word.startswith("--") and name in known - own else word
+def _is_flag(word: str) -> bool:
+    """Whether a word is a flag: not a value, a lone dash, or a number below zero."""
+    return len(word) > 1 and word[0] == "-" and not (word[1].isdigit() or word[1] == ".")
 
 
-def _spelled(words: Sequence[str], kinds: list[type]) -> list[str]:
-    """Flags as the dataclasses spell them: `--dry-run` alone stands for `--dry_run=true`."""
-    switches = {name for kind in kinds for name in _switches(kind, "")}
-    spelled = []
-    for place, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
-            name = name.replace("-", "_").replace("__", "--", 1)
-            following = words[place + 1] if place + 1 < len(words) else ""
-            if not equals and name[2:] in switches and following.lower() not in ("true", "false"):
-                equals, value = "=", "true"
-        spelled.append(f"{name}{equals}{value}")
-    return spelled
+def _full_name(command: Command, flag: str) -> str:
+    """`-k` as k, `--dry-run` as dry_run, `--method` as train.method where the command has that section for short."""
+    if len(flag) == 2 and flag[1] in command.own:
+        return flag[1]
+    name = flag[2:].replace("-", "_") if flag.startswith("--") else flag
+    taken = {*command.own, *SWITCHES, CONFIG, *(field.name for field in fields(Settings))}
+    full = f"{command.short}.{name}"
+    return full if command.short and name not in taken and _is_known(full, command.settings) else name
 
 
-def _switches(kind: type, prefix: str) -> Iterator[str]:
-    """The settings that are true or false, by full name."""
-    for name, hint in get_type_hints(kind).items():
-        if hint is bool:
-            yield prefix + name
-        elif is_dataclass(hint) and isinstance(hint, type):
-            yield from _switches(hint, f"{prefix}{name}.")
+def _is_known(flag: str, known: Mapping[str, Any]) -> bool:
+    """Whether it is a setting, a section of settings, or an entry of a setting that is a mapping."""
+    flag = flag.removesuffix("+")
+    mappings = tuple(f"{name}." for name, hint in known.items() if get_origin(hint) is dict)
+    above = any(name.startswith(f"{flag}.") for name in known)
+    return flag == CONFIG or flag in known or above or flag.startswith(mappings)
+
+
+def _value(flag: str, hint: Any, rest: deque[str]) -> str:
+    """The value that follows a flag; a flag of a setting that is true or false may stand alone."""
+    if hint is bool:
+        return rest.popleft() if rest and rest[0].lower() in ("true", "false") else "true"
+    if not rest or rest[0].startswith("--"):
+        raise InvalidInput(f"--{flag} must be followed by a value, found {rest[0] if rest else 'none'}")
+    return rest.popleft()
+
+
+def _first(name: str, words: Sequence[str]) -> list[str]:
+    """The words without dashes as the setting that they stand for: one word, or all of them for a list."""
+    if not words:
+        return []
+    command = COMMANDS[name]
+    if not command.first:
+        raise InvalidInput(f"`hashdist {name}` takes flags only, found `{words[0]}`; see `hashdist {name} --help`")
+    flag = command.first if isinstance(command.first, str) else command.first(words[0])
+    if get_origin({**command.own, **command.settings}[flag]) is list:
+        return [f"--{flag}={json.dumps(list(words))}"]
+    if len(words) > 1:
+        raise InvalidInput(f"`hashdist {name}` takes one word without dashes, found {', '.join(words)}")
+    return [f"--{flag}={words[0]}"]
 
 
 def _made(kind: type, given: Namespace) -> Any:
@@ -289,11 +250,7 @@ def _plain(error: Exception) -> str:
 
 def _check_files(words: Sequence[str], kinds: list[type]) -> None:
     """Refuse unknown keys of configuration files by name, with the known ones beside them."""
-    for place, word in enumerate(words):
-        value = word.removeprefix("--config=") if word.startswith("--config=") else None
-        path = value if value else words[place + 1] if word == "--config" and place + 1 < len(words) else None
-        if path is None:
-            continue
+    for path in [word.partition("=")[2] for word in words if word.startswith(f"--{CONFIG}=")]:
         if not Path(path).is_file():
             raise InvalidInput(f"--config needs a YAML file, found none at {path}")
         try:
@@ -309,8 +266,8 @@ def _check_keys(data: dict[str, Any], kinds: list[type], path: str, prefix: str)
     known = {field.name: get_type_hints(kind)[field.name] for kind in kinds for field in fields(kind)}
     for key, value in data.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean `{prefix}{near[0]}`?" if near else ""
+            near = nearest(str(key), known)
+            hint = _hint(near and f"{prefix}{near}")
             raise InvalidInput(f"unknown setting `{prefix}{key}` in {path}{hint}; known: {', '.join(known)}")
         if is_dataclass(known[key]) and isinstance(value, dict):
             _check_keys(value, [known[key]], path, f"{prefix}{key}.")
@@ -322,6 +279,6 @@ def _show(result: dict[str, Any], as_json: bool) -> int:
     if as_json:
         print(json.dumps({k: v for k, v in result.items() if k != "text"}))  # noqa: T201
     else:
-        text = result.get("text") or yaml.safe_dump(result, sort_keys=False).rstrip()
+        text = result.get("text") or str(_load("hashdist.commands.results:text")(result))
         print("\n".join(map(plain, text.split("\n"))))  # noqa: T201
     return code

@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,32 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # tests wait for what workers report
 
+STAGES_FOLLOW = {"features.source", "train.mode"}
+"""Settings by which the order of all stages is known; a command that is not about them reads them for that alone."""
+
 SHARED = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reads() -> Iterator[dict[str, set[str]]]:
+    """The settings that each command has read in this session; a command that reads what it does not declare fails."""
+    from hashdist import cli
+    from tests.worlds.reads import watched
+
+    found: dict[str, set[str]] = {}
+    run, with_root = cli._run, cli._with_root
+
+    def watch(name: str, words: Sequence[str]) -> dict[str, Any]:
+        read = found.setdefault(name, set())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli, "_with_root", lambda command, settings: watched(with_root(command, settings), read))
+            result = run(name, words)
+        assert read - STAGES_FOLLOW <= set(cli.COMMANDS[name].settings), name
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_run", watch)
+        yield found
 
 
 @pytest.fixture(scope="session")

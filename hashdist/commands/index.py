@@ -18,6 +18,7 @@ from hashdist.ground.options import (
     VacuumOptions,
 )
 from hashdist.ground.settings import Settings
+from hashdist.ground.tables import table
 from hashdist.index import Index, open_index
 from hashdist.index.manifest import ranges
 from hashdist.index.promotion import discard, promote
@@ -172,13 +173,15 @@ def index_log(settings: Settings) -> dict[str, Any]:
     """Every version of an index: number, time, rows, shards, what made it, tags, whether it is expired."""
     index = index_of(settings)
     versions = index.log()
-    lines = [
-        f"{v['version']:>6}  {v['created_at']}  {v['rows']:>12} rows  {v['shards']:>5} shards  {v['operation']}"
-        + "".join(f"  [{tag}]" for tag in v["tags"])
-        + ("  (vacuumed)" if v["expired"] else "")
+    head = ["version", "committed", "rows", "shards", "by", "tags"]
+    rows = [
+        (
+            *(v[name] for name in ("version", "created_at", "rows", "shards", "operation")),
+            " ".join([*(f"[{tag}]" for tag in v["tags"]), *(["(vacuumed)"] if v["expired"] else [])]),
+        )
         for v in versions
     ]
-    return {"index": index.uri, "versions": versions, "text": "\n".join([index.uri, *lines])}
+    return {"index": index.uri, "versions": versions, "text": f"{index.uri}\n{table(head, rows)}"}
 
 
 def index_promote(settings: Settings, options: PromoteOptions) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`hashdist search`: one query or many, by image, key or code; nearest images or all within a radius."""
 
+import difflib
 import html
 import importlib
 import json
@@ -19,11 +20,14 @@ from hashdist.commands.pictures import open_pictures, picture_tag, picture_uri
 from hashdist.ground.errors import InvalidInput, NotFound
 from hashdist.ground.options import SearchOptions
 from hashdist.ground.settings import Settings
+from hashdist.ground.tables import table
 from hashdist.index import Index
 from hashdist.index.search import engines
 from hashdist.index.search import where as where_module
 
 Codes = NDArray[np.uint8]
+
+_NEAR_ROWS, _CLOSE_ROWS = 200_000, 5_000  # whose keys are looked at for one that is like another
 
 _HIT = "<figure>{picture}<figcaption>{key}<br>{distance}</figcaption></figure>"
 _ROW = "<h2>{query}</h2>{picture}<div>{figures}</div>"
@@ -109,7 +113,7 @@ def _queries(index: Index, options: SearchOptions) -> list[Query]:
     if options.image:
         return [_by_image(index, options)]
     if options.key:
-        return _by_keys(index, [options.key], options.rerank)
+        return _by_key(index, options)
     if options.code:
         return [_by_code(options.code, index.bits, "--code", options.rerank)]
     return _from_file(index, options) if options.queries else []
@@ -128,6 +132,32 @@ def _by_image(index: Index, options: SearchOptions) -> Query:
     if encoded.reasons[0]:
         raise InvalidInput(f"--image needs a picture that can be read, {path} cannot: {encoded.reasons[0]}")
     return Query({"image": str(path)}, encoded.codes[0], encoded.features[0] if options.rerank else None)
+
+
+def _by_key(index: Index, options: SearchOptions) -> list[Query]:
+    """The image of --key. Raises NotFound with keys that are like it."""
+    try:
+        return _by_keys(index, [options.key], options.rerank)
+    except NotFound as error:
+        like = near_keys(index, options.key)
+        near = f"; keys like it: {', '.join(map(repr, like))}" if like else ""
+        file = "; there is a file of that name, with which --image searches" if Path(options.key).is_file() else ""
+        raise NotFound(f"{error}{near}{file}") from error
+
+
+def near_keys(index: Index, key: str, most: int = 3) -> list[str]:
+    """Keys of live rows that end with a key that is not there, or with its file name; else those most like it.
+
+    Only the first 200,000 rows are looked at, so that a typing error costs no more than a search.
+    """
+    keys, left = list[str](), _NEAR_ROWS
+    for shard in index.view.shards:
+        keys += shard.keys(np.arange(min(shard.rows, left)))
+        left -= min(shard.rows, left)
+    name = key.rpartition("/")[2].casefold()
+    like = [one for one in keys if one.casefold().endswith((key.casefold(), f"/{name}"))]
+    like = like or difflib.get_close_matches(key, keys[:_CLOSE_ROWS], most)
+    return [one for one, there in zip(like, index.view.find(like).present, strict=True) if there][:most]
 
 
 def _by_keys(index: Index, keys: Sequence[str], rerank: bool) -> list[Query]:
@@ -286,10 +316,11 @@ def _text(result: dict[str, Any], found: Sequence[dict[str, Any]], options: Sear
     lines = [f"{result['index']} version {result['version']}"]
     if options.recall:
         lines.append(", ".join(f"{name} {value}" for name, value in result["recall"].items()))
+    head = ["bits", *(["cosine"] if options.rerank else []), "key", "uri"]
     for one in found:
-        cosine = "  cosine" if options.rerank else ""
-        lines.append(f" bits{cosine}  key  uri")
-        for hit in one["hits"]:
-            score = f"  {hit['score']:6.4f}" if "score" in hit else ""
-            lines.append(f"{hit['distance']:>5}{score}  {hit['key']}  {hit['uri'] or ''}".rstrip())
+        rows = [
+            (hit["distance"], *([f"{hit['score']:.4f}"] if options.rerank else []), hit["key"], hit["uri"] or "")
+            for hit in one["hits"]
+        ]
+        lines.append(table(head, rows))
     return "\n".join(lines)

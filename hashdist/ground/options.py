@@ -322,3 +322,14 @@ class ReportOptions:
     queries: int = 8
     figures: str = ""
     evaluations: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CompletionOptions:
+    """The shell that completes commands and flags.
+
+    Args:
+        shell: bash or zsh.
+    """
+
+    shell: str = ""

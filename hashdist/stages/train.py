@@ -11,7 +11,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 import ray.train
@@ -23,7 +23,7 @@ from hashdist.collection.collection import subset
 from hashdist.ground import telemetry
 from hashdist.ground.bits import check_bits
 from hashdist.ground.errors import Conflict, InvalidInput
-from hashdist.ground.progress import say, speak_to
+from hashdist.ground.progress import Progress, say, speak_to
 from hashdist.ground.settings import Settings, TrainSettings
 from hashdist.methods.contract import (
     TrainingData,
@@ -48,7 +48,6 @@ KIND = "models"
 REVISION = 1
 
 _REPORT_EVERY_S = 1.0
-_LINE_EVERY_S = 2.0
 _SPEED = ("seconds", "images_per_s")
 
 
@@ -178,13 +177,14 @@ def _fit(job: _Job, newest: Version | None) -> Version:
     workers.check()
     if newest is not None:
         _say_resumes(job, newest)
-    fit(
-        partial(_work, job),
-        workers,
-        store=job.log.store.child("ray"),
-        name=f"{job.model.name[:12]}-{job.attempt[:12]}",
-        say=_Lines(job.epochs),
-    )
+    with _Lines(job.epochs) as lines:
+        fit(
+            partial(_work, job),
+            workers,
+            store=job.log.store.child("ray"),
+            name=f"{job.model.name[:12]}-{job.attempt[:12]}",
+            say=lines,
+        )
     finished = job.log.latest()
     if finished is None or not finished.manifest["finished"]:
         raise Conflict(
@@ -205,10 +205,18 @@ def _place(position: dict[str, int]) -> str:
 
 
 class _Lines:
-    """Progress of the workers as lines on stderr, not more often than every few seconds."""
+    """What workers report, as progress on stderr."""
 
     def __init__(self, epochs: int) -> None:
-        self._epochs, self._last = epochs, -math.inf
+        self._epochs = epochs
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.close()
 
     def __call__(self, kind: str, event: dict[str, Any]) -> None:
         if kind == "failure":
@@ -216,15 +224,11 @@ class _Lines:
             return
         for line in event["said"]:
             say(line)
-        ended = event["step"] == event["steps"]
-        if not ended and time.monotonic() - self._last < _LINE_EVERY_S:
-            return
-        self._last = time.monotonic()
         terms = ", ".join(f"{k} {v:.4g}" for k, v in event.items() if isinstance(v, float) and k not in _SPEED)
-        say(
-            f"train: epoch {event['epoch'] + 1}/{self._epochs}, step {event['step']}/{event['steps']}: {terms}, "
-            f"{event['images_per_s']:,.0f} images/s"
-        )
+        epoch, speed = f"epoch {event['epoch'] + 1}/{self._epochs}", f"{event['images_per_s']:,.0f} images/s"
+        line = f"train: {epoch}, step {event['step']}/{event['steps']}: {terms}, {speed}"
+        self._progress = self._progress or Progress("train", event["steps"])
+        self._progress.reach(event["step"], f"{epoch}, {terms}", line)
 
 
 def _manifest(job: _Job, finished: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ray._private import ray_constants
 from hashdist.ground import exporting
 from hashdist.ground.progress import say
 from hashdist.ground.settings import ClusterSettings, Settings
+from hashdist.stages.cluster import quiet
 from hashdist.stages.cluster.metrics import RaySink
 
 _QUIET = {
@@ -39,6 +40,7 @@ def session(settings: ClusterSettings) -> Iterator[None]:
         return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    quiet.keep_reports()
     address = settings.address
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "local"
@@ -48,6 +50,7 @@ def session(settings: ClusterSettings) -> Iterator[None]:
             # all processes of this Ray inherit it; a runtime_env would forbid the workers that Ray starts ahead
             with _environment({**_worker_environment(), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}), _loopback():
                 _start(settings, folder)
+            quiet.keep_core_log()
             try:
                 yield
             finally:
@@ -55,7 +58,13 @@ def session(settings: ClusterSettings) -> Iterator[None]:
         return
     # a job that was submitted with variables of its own has them here too, and Ray refuses to be told a name twice
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": _worker_environment()})
+    ray.init(
+        address=address,
+        logging_level=logging.WARNING,
+        log_to_driver=quiet.is_asked_for(),
+        runtime_env={"env_vars": _worker_environment()},
+    )
+    quiet.keep_core_log()
     try:
         yield
     finally:
@@ -73,7 +82,7 @@ def _start(settings: ClusterSettings, folder: str) -> None:
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 logging_level=logging.WARNING,
-                log_to_driver=False,
+                log_to_driver=quiet.is_asked_for(),
                 _temp_dir=folder,
             )
             return

@@ -7,6 +7,7 @@ checkpoints in hashdist's own commit protocol (docs/decisions.md, S9).
 import fcntl
 import json
 import os
+import signal
 import socket
 import struct
 import threading
@@ -123,9 +124,26 @@ def fit(
             ),
         )
         try:
-            return trainer.fit().return_value
+            with _interrupted_by_us():
+                return trainer.fit().return_value
         except TrainingFailedError as error:
             raise _cause(error) or error from error
+
+
+@contextmanager
+def _interrupted_by_us() -> Iterator[None]:
+    """SIGINT ends a run as it ends anything else, and means after it what it meant before.
+
+    Ray Train takes the signal over, for good; on the first it ends the run's workers, and then exits the process.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _environment() -> dict[str, str]:

@@ -19,7 +19,6 @@ from typing import Any, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from hashdist import __version__
 from hashdist.ground import exporting
 from hashdist.ground.errors import HashdistError, InvalidInput
 from hashdist.ground.options import (
@@ -42,6 +41,7 @@ from hashdist.ground.options import (
 )
 from hashdist.ground.progress import plain, say
 from hashdist.ground.settings import MetricsSettings, Settings
+from hashdist.ground.version import __version__
 
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process that a job was submitted to run."""

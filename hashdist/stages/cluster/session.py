@@ -124,7 +124,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 def _worker_environment() -> dict[str, str]:
     """What workers need wherever they run: the store's settings, and this package where it runs from a checkout."""
     passed = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "HASHDIST_"))}
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[3]
     if (checkout / "pyproject.toml").exists():
         passed["PYTHONPATH"] = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
     return passed

@@ -59,8 +59,8 @@ from hashdist.index.shards.shard import parts  # noqa: E402
 from hashdist.service.api import SearchRequest  # noqa: E402
 from hashdist.service.app import application  # noqa: E402
 from hashdist.service.limits import Border  # noqa: E402
-from hashdist.service.ray_internals import on_own_address  # noqa: E402
 from hashdist.stages.cluster import metrics, session  # noqa: E402
+from hashdist.stages.cluster.internals import listen_on_own_address  # noqa: E402
 from tests.worlds.load import slope, under_load, watched  # noqa: E402
 from tests.worlds.service import ServiceWorld, ask, free_port, serving  # noqa: E402
 
@@ -86,7 +86,7 @@ class Constant:
     """The route of a search, with all that stands around it, and a body that is there already."""
 
     def __init__(self, body: bytes) -> None:
-        on_own_address()
+        listen_on_own_address()
         telemetry.set_sink(metrics.RaySink())
         self._body = body
 
@@ -105,7 +105,7 @@ class Bare:
     """The body, and nothing else."""
 
     def __init__(self, body: bytes) -> None:
-        on_own_address()
+        listen_on_own_address()
         self._body = body
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -7,8 +7,6 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 from hashdist.ground.errors import (
     AlreadyExists,
     Conflict,
@@ -19,6 +17,7 @@ from hashdist.ground.errors import (
     OutcomeUnknown,
     Unavailable,
 )
+from hashdist.ground.version import __version__
 
 if TYPE_CHECKING:
     from hashdist.index import Hits, Index, create_index, open_index
@@ -35,6 +34,7 @@ __all__ = [
     "NotFound",
     "OutcomeUnknown",
     "Unavailable",
+    "__version__",
     "create_index",
     "load_model",
     "open_index",

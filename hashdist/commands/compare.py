@@ -31,10 +31,11 @@ from hashdist.ground.schema import from_vectors
 from hashdist.ground.settings import Settings
 from hashdist.methods.contract import find_method, settings_text
 from hashdist.models.checkpoints import finite
-from hashdist.stages import pipeline
 from hashdist.stages.cluster import session
+from hashdist.stages.features import KIND as FEATURES
+from hashdist.stages.pipeline import Pipeline, upstream
 from hashdist.store import open_store
-from hashdist.store.commit import Artefact, create_record, digest, read_record
+from hashdist.store.commit import create_record, digest, open_artefact, read_record
 from hashdist.store.vectors import read_vectors
 
 REVISION = 1
@@ -54,8 +55,8 @@ def run(settings: Settings, options: CompareOptions) -> dict[str, Any]:
     """
     entries = read_entries(options, settings.train.mode)
     _check(settings, options, entries)
-    features = _features(settings)
-    corpus = read_corpus(features, options.drop_labels)
+    settings = _with_features(settings)
+    corpus = read_corpus(open_artefact(settings.features.snapshot, FEATURES), options.drop_labels)
     cells = list(_cells(settings, options, entries, corpus))
     store = open_store(settings.root).child("compare")
     share, of = _part(options.part)
@@ -177,14 +178,22 @@ def _part(text: str) -> tuple[int, int]:
     raise InvalidInput(f"part must be written I/N with 1 <= I <= N, found {text!r}")
 
 
-def _features(settings: Settings) -> Artefact:
-    """The committed features, extracted first where they are not there yet."""
+def _with_features(settings: Settings) -> Settings:
+    """The settings with collection and features named by URI, so that no cell looks for them again.
+
+    Features that are not committed yet are extracted.
+    """
     if not settings.root:
         raise InvalidInput("a root is required, found none; give --root FOLDER or --root s3://bucket/prefix")
-    needed = [*pipeline.upstream("features", settings), "features"]
-    if not all(pipeline.snapshot(stage, settings).exists() for stage in needed):  # a later one is named by the earlier
-        pipeline.run_stage(settings, "features")
-    return pipeline.snapshot("features", settings)
+    pipeline = Pipeline(settings)
+    needed = [*upstream("features", settings), "features"]
+    if not all(pipeline.artefact(stage).exists() for stage in needed):  # a later one is named by the earlier
+        with session.observed_session(settings):
+            pipeline.run("features")
+    for stage in needed:
+        named = replace(getattr(settings, stage), snapshot=pipeline.artefact(stage).uri)
+        settings = replace(settings, **{stage: named})
+    return settings
 
 
 # How a cell is computed
@@ -262,13 +271,12 @@ class _Lab:
         )
         if find_method(entry.method).USES == "labels":
             settings = replace(settings, graph=replace(settings.graph, labelled=True))
-        results = {}
+        pipeline = Pipeline(settings)
         with session.observed_session(settings):
-            for stage in ("graph", "train", "encode"):
-                results[stage] = pipeline.run_in_session(settings, stage)
-        table = read_vectors(pipeline.snapshot("encode", settings), ["code"], self._corpus.ids)
+            results = {stage: pipeline.run(stage) for stage in ("graph", "train", "encode")}
+        table = read_vectors(pipeline.artefact("encode"), ["code"], self._corpus.ids)
         codes: NDArray[Any] = from_vectors(table["code"], table.schema)
-        manifest = pipeline.snapshot("train", settings).manifest()
+        manifest = pipeline.artefact("train").manifest()
         seconds = {
             "graph": results["graph"]["seconds"],
             "fit": manifest["seconds"],

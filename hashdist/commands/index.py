@@ -3,7 +3,6 @@
 Without Ray.
 """
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -187,9 +186,12 @@ def index_log(settings: Settings) -> dict[str, Any]:
 def index_promote(settings: Settings, options: PromoteOptions) -> dict[str, Any]:
     """Serve the candidate that waits: if it passes the gate by the limits of these settings, or by force."""
     index = index_of(settings)
-    # brings torch with it, which a promotion by force does without
-    gate = None if options.force else importlib.import_module("hashdist.evaluation.gate").for_candidate(settings, index)
-    version = promote(index, gate, force=options.force, reason=options.reason)
+    checks = None
+    if not options.force:
+        from hashdist.evaluation import gate  # brings torch with it, which a promotion by force does without
+
+        checks = gate.for_candidate(settings, index)
+    version = promote(index, checks, force=options.force, reason=options.reason)
     forced = index.manifest.get("forced")
     how = f"by force, without {', '.join(forced['failed'])}" if forced else "the gate has passed"
     text = f"{index.uri}: version {version} serves the candidate: {how}; `hashdist index rollback` undoes it"

@@ -1,6 +1,5 @@
 """The commands about an index, a store, a protocol file or a data set: short, and without Ray."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +64,11 @@ def _features(settings: Settings) -> Artefact:
             "images are required: give a data set (--layout NAME --source FOLDER), lists (--lists.query FILE ...), or "
             "committed features (--root ROOT and the settings they were made with, or --features.snapshot URI)"
         )
-    # brings torch and Ray with it, which lists do without
-    pipeline = importlib.import_module("hashdist.stages.pipeline")
-    before = [] if settings.features.snapshot else pipeline.upstream("features", settings)
-    for stage in [*before, "features"]:
-        made: Artefact = pipeline.snapshot(stage, settings)
+    from hashdist.stages.pipeline import Pipeline, upstream  # brings torch and Ray with it, which lists do without
+
+    pipeline = Pipeline(settings)
+    for stage in [*upstream("features", settings), "features"]:
+        made = pipeline.artefact(stage)
         if not made.exists():
             raise NotFound(f"committed {stage} are required, found none at {made.uri}; run `hashdist {stage}` first")
     return made

@@ -23,8 +23,8 @@ from hashdist.ground.progress import say
 from hashdist.ground.settings import Settings
 from hashdist.index import Index, open_index
 from hashdist.reindex import run as reindex_run
-from hashdist.stages import pipeline
 from hashdist.stages.cluster import session
+from hashdist.stages.pipeline import Pipeline
 
 _MARK = ".made-by-hashdist-quickstart"
 _HELD_BACK, _CHANGED, _REMOVED = 60, 20, 20
@@ -51,12 +51,13 @@ def run(settings: Settings, options: QuickstartOptions) -> dict[str, Any]:
     started = time.perf_counter()
     with session.session(settings.cluster):
         seconds["ray"] = round(time.perf_counter() - started, 2)
-        result = pipeline.run_all(settings)
+        pipeline = Pipeline(settings)
+        result = pipeline.run_all()
         seconds.update({name: round(stage["seconds"], 2) for name, stage in result["stages"].items()})
         evaluation = result["stages"]["evaluate"]
         index = open_index(settings.index.location(settings.root))
         timed("search", lambda: _search(index, "first version"))
-        page = timed("report", lambda: report.write_page(settings, folder / "report.html", evaluation))
+        page = timed("report", lambda: report.write_page(pipeline, folder / "report.html", evaluation))
         grown = timed("growth", lambda: _grow(settings, folder / "images", held_back))
     map_all = {name: round(metrics["map_all_ties"], 4) for name, metrics in evaluation["by_method"].items()}
     summary = {

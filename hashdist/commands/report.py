@@ -31,7 +31,8 @@ from hashdist.index import Index, open_index
 from hashdist.models.gradcam import grad_cam
 from hashdist.models.model import build_head, pixels
 from hashdist.models.networks import open_network, spec_settings
-from hashdist.stages import pipeline
+from hashdist.stages.cluster.session import observed_session
+from hashdist.stages.pipeline import Pipeline, checked
 from hashdist.store.commit import Artefact, read_file
 from hashdist.store.vectors import read_vectors
 
@@ -54,10 +55,12 @@ _OVER_BITS = "map_all_ties"
 def write(settings: Settings, options: ReportOptions) -> dict[str, Any]:
     """The command: evaluate what is committed and write the page and its figures."""
     others = [read_evaluation(path) for path in options.evaluations]
-    evaluation = pipeline.run_stage(settings, "evaluate")
+    pipeline = Pipeline(checked(settings))
+    with observed_session(settings):
+        evaluation = pipeline.run("evaluate")
     out = Path(options.out)
     folder = Path(options.figures) if options.figures else None
-    path = write_page(settings, out, evaluation, queries=options.queries, folder=folder, others=others)
+    path = write_page(pipeline, out, evaluation, queries=options.queries, folder=folder, others=others)
     drawn = (folder or figures_folder(path)).absolute()
     return {"report": str(path), "figures": str(drawn), "text": f"report: {path}\nfigures: {drawn}"}
 
@@ -79,7 +82,7 @@ def read_evaluation(path: str) -> dict[str, Any]:
 
 
 def write_page(
-    settings: Settings,
+    pipeline: Pipeline,
     path: Path,
     evaluation: Mapping[str, Any],
     *,
@@ -87,23 +90,23 @@ def write_page(
     folder: Path | None = None,
     others: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
-    """Write the page of the run that `settings` lead to, and its figures; returns the page's absolute path.
+    """Write the page of a pipeline whose stages are all committed, and its figures; returns the page's absolute path.
 
     Args:
-        settings: of the run.
+        pipeline: what the page is about.
         path: of the page.
         evaluation: result of the stage `evaluate`.
         queries: rows of the sheet of retrieved pictures.
         folder: for the figures; None = beside the page.
         others: results of further evaluations, for mAP over bits.
     """
-    model = pipeline.snapshot("train", settings)
+    settings, model = pipeline.settings, pipeline.artefact("train")
     manifest = model.manifest()
-    codes = read_vectors(pipeline.snapshot("encode", settings), ["id", "key", "labels", "status", "code"])
+    codes = read_vectors(pipeline.artefact("encode"), ["id", "key", "labels", "status", "code"])
     codes = codes.filter(pa.compute.equal(codes["status"], schema.OK))
     codes_NW = schema.from_vectors(codes["code"], codes.schema).astype(np.uint8)
     index = open_index(settings.index.location(settings.root))
-    found = _search(settings, index, codes, queries)
+    found = _search(pipeline, index, codes, queries)
     path = path.absolute()
     plot = _Plots(folder or figures_folder(path))
     sections = [
@@ -283,7 +286,7 @@ class _Found:
     pictures: Mapping[str, bytes]
 
 
-def _search(settings: Settings, index: Index, codes: pa.Table, queries: int) -> _Found:
+def _search(pipeline: Pipeline, index: Index, codes: pa.Table, queries: int) -> _Found:
     labels = dict(zip(codes["key"].to_pylist(), codes["labels"].to_pylist(), strict=True))
     keys = codes["key"].to_pylist()[:queries]
     codes_QW = index.codes_of(keys)
@@ -293,7 +296,7 @@ def _search(settings: Settings, index: Index, codes: pa.Table, queries: int) -> 
         for key, row, distances in zip(keys, hits.keys(), hits.distances, strict=True)
     ]
     wanted = {*keys, *(k for row in results for k, _, _ in row)}
-    pictures = open_collection(pipeline.snapshot("collection", settings).uri).fetch(sorted(wanted))
+    pictures = open_collection(pipeline.artefact("collection").uri).fetch(sorted(wanted))
     return _Found(keys, codes_QW, results, pictures)
 
 

@@ -2,7 +2,6 @@
 
 import difflib
 import html
-import importlib
 import json
 import sys
 import time
@@ -87,10 +86,11 @@ def _searched(settings: Settings, options: SearchOptions) -> Iterator[Index]:
     if not options.actors:
         yield index
         return
-    # brings Ray with it, which a search in one process does without
-    session = importlib.import_module("hashdist.stages.cluster.session").session
-    spread = importlib.import_module("hashdist.stages.cluster.peers").SpreadIndex
-    with session(settings.cluster), spread(index, options.actors) as made:
+    # bring Ray with them, which a search in one process does without
+    from hashdist.stages.cluster.peers import SpreadIndex
+    from hashdist.stages.cluster.session import session
+
+    with session(settings.cluster), SpreadIndex(index, options.actors) as made:
         yield made
 
 
@@ -126,12 +126,13 @@ def _by_image(index: Index, options: SearchOptions) -> Query:
     uri = options.model or index.model_uri
     if not uri:
         raise InvalidInput("this index does not say which model made it; name one with --model URI")
-    # brings torch with it, which a search by key or code does without
-    model = importlib.import_module("hashdist.models.model").load_model(uri)
+    from hashdist.models.model import load_model  # brings torch with it, which a search by key or code does without
+
+    model = load_model(uri)
     encoded = model.encode_readable([path], keep_features=options.rerank)
     if encoded.reasons[0]:
         raise InvalidInput(f"--image needs a picture that can be read, {path} cannot: {encoded.reasons[0]}")
-    return Query({"image": str(path)}, encoded.codes[0], encoded.features[0] if options.rerank else None)
+    return Query({"image": str(path)}, encoded.codes[0], None if encoded.features is None else encoded.features[0])
 
 
 def _by_key(index: Index, options: SearchOptions) -> list[Query]:

@@ -5,7 +5,6 @@ this process, or through Ray for many images), the gate and the drift watch befo
 what is printed. Ray and torch are imported only where they are needed: a cron that finds nothing new needs neither.
 """
 
-import importlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -123,7 +122,9 @@ class _Run:
         if first is None:
             return None
         with self.costs.of("model"):
-            self.model = importlib.import_module("hashdist.models.model").load_model(str(self.index.model_uri))
+            from hashdist.models.model import load_model
+
+            self.model = load_model(str(self.index.model_uri))
             self.model.encode_readable([])  # opens the backbone
             self.model.encode_features(np.empty((0, self.model.width), np.float32))  # opens the head
         started = time.perf_counter()
@@ -200,7 +201,9 @@ class _Run:
         if found_drift["retrain_recommended"]:
             say(found_drift["text"])
         self.result |= {"drift": found_drift, "retrain_recommended": found_drift["retrain_recommended"]}
-        checks = importlib.import_module("hashdist.evaluation.gate").for_growth(self.settings, self.index, self.codes)
+        from hashdist.evaluation import gate
+
+        checks = gate.for_growth(self.settings, self.index, self.codes)
         return commit.commit(
             self.index,
             found,

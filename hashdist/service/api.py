@@ -20,11 +20,11 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from hashdist import __version__
 from hashdist.commands.pictures import picture_uri
 from hashdist.ground import telemetry
 from hashdist.ground.errors import HashdistError, InvalidInput
 from hashdist.ground.settings import ServiceSettings
+from hashdist.ground.version import __version__
 from hashdist.service import limits
 from hashdist.service.batching import Batches, Found
 from hashdist.service.limits import Border, Bucket, Busy

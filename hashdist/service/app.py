@@ -29,9 +29,9 @@ from hashdist.index.view import View
 from hashdist.service.api import Backend, EncodedImage, make_app
 from hashdist.service.batching import Batches
 from hashdist.service.encoder import Encoder
-from hashdist.service.ray_internals import _LOOPBACK, Unfetched, on_own_address
 from hashdist.service.serving import Serving
 from hashdist.stages.cluster import metrics, session
+from hashdist.stages.cluster.internals import WithoutBodies, listen_on_own_address
 from hashdist.stages.cluster.peers import Call, Searcher, SpreadIndex
 from hashdist.store.commit import Log, Version
 
@@ -41,13 +41,14 @@ NAME = "hashdist"
 _GONE = (RayActorError, DeploymentUnavailableError, BackPressureError)
 _SCANS_AT_ONCE = 2
 _CALLS_AT_ONCE = 16
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Shards(Searcher):
     """A `Searcher` as a deployment."""
 
     def __init__(self) -> None:
-        on_own_address()
+        listen_on_own_address()
         super().__init__()
 
 
@@ -92,7 +93,7 @@ class Search:
     """
 
     def __init__(self, uri: str, settings: ServiceSettings, encoder: Any, shards: list[Any], guarded: bool) -> None:
-        on_own_address()
+        listen_on_own_address()
         self._guarded = guarded
         telemetry.set_sink(metrics.RaySink())
         self._settings, self._encoder = settings, encoder
@@ -107,11 +108,11 @@ class Search:
         self._peers = Deployments(shards)
         self._serving.start()
 
-    def __serve_build_asgi_app__(self) -> Unfetched:
+    def __serve_build_asgi_app__(self) -> WithoutBodies:
         encode = self._encode if self._encoder is not None else None
         self._batches = Batches(_SCANS_AT_ONCE, time.perf_counter)
         backend = Backend(self._serving, self._batches, encode, metrics.exported_metrics, self._settings)
-        return Unfetched(make_app(backend, self._token()))
+        return WithoutBodies(make_app(backend, self._token()))
 
     def _token(self) -> str:
         """The token of this process's environment. Raises InvalidInput where there is none, but the driver had one."""

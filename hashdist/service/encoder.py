@@ -13,8 +13,8 @@ from ray import serve as ray_serve
 from hashdist.collection.decode import BadImage, claimed_pixels, decode
 from hashdist.ground import telemetry
 from hashdist.ground.errors import InvalidInput
-from hashdist.service.ray_internals import on_own_address
 from hashdist.stages.cluster import metrics
+from hashdist.stages.cluster.internals import listen_on_own_address
 
 _MODELS_HELD = 2
 _DECODING_THREADS = 4
@@ -30,7 +30,7 @@ class Encoder:
     """
 
     def __init__(self, max_pixels: int, batch: int, device: str) -> None:
-        on_own_address()
+        listen_on_own_address()
         telemetry.set_sink(metrics.RaySink())
         self._max_pixels, self._device = max_pixels, device
         self._models: OrderedDict[str, Any] = OrderedDict()

@@ -12,28 +12,28 @@ from hashdist.ground import telemetry
 from hashdist.ground.progress import say
 from hashdist.ground.schema import failures
 from hashdist.ground.settings import Settings
+from hashdist.stages import artefacts
 from hashdist.stages.cluster import session, tasks
-from hashdist.store import open_store
-from hashdist.store.commit import Artefact, artefact, open_artefact
+from hashdist.store.commit import Artefact, open_artefact
 
 __all__ = ["KIND", "REVISION", "Scan", "run", "snapshot"]
 
 
-def snapshot(settings: Settings) -> Artefact:
+def snapshot(settings: Settings, listing: Listing | None = None) -> Artefact:
     """The artefact of the collection as it is now. Lists names; reads no image.
+
+    Args:
+        settings: of the run.
+        listing: of the collection, where it was listed before.
 
     Raises InvalidInput for a collection that is missing, empty or of mixed formats.
     """
     if settings.collection.snapshot:
         return open_artefact(settings.collection.snapshot, KIND)
-    return _artefact(settings, list_collection(settings.collection))
-
-
-def _artefact(settings: Settings, listing: Listing) -> Artefact:
+    listing = listing or list_collection(settings.collection)
     identity = {"part_rows": settings.collection.part_rows}  # the listing's digest holds the rest
     inputs = {"uri": listing.uri, "listing": listing.digest}
-    root = open_store(settings.root)
-    return artefact(root, KIND, inputs=inputs, settings=identity, revision=REVISION, salt=settings.fresh)
+    return artefacts.target(settings, KIND, REVISION, inputs=inputs, identity=identity)
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,20 @@ class Scan:
         return write_unit(self.target, unit, rows, self.part_rows)
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings, listing: Listing | None = None) -> dict[str, Any]:
     """Commit the listing, unless it is committed. Needs an open Ray session.
+
+    Args:
+        settings: of the run.
+        listing: of the collection, where it was listed before.
 
     Returns: stage, snapshot, rows, failed (images that could not be read), seconds, skipped.
     """
     started = time.perf_counter()
     if settings.collection.snapshot:
         return _result(open_artefact(settings.collection.snapshot, KIND), started, skipped=True)
-    listing = list_collection(settings.collection)
-    target = _artefact(settings, listing)
+    listing = listing or list_collection(settings.collection)
+    target = snapshot(settings, listing)
     if target.exists():
         return _result(target, started, skipped=True)
     commit_plan(settings, target, plan(listing, settings.collection.part_rows), listing)
@@ -103,11 +107,4 @@ def _result(target: Artefact, started: float, skipped: bool) -> dict[str, Any]:
     if manifest["failed"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["unreadable"].items()))
         say(f"collection: {manifest['failed']} of {manifest['rows']} images cannot be read: {reasons}")
-    return {
-        "stage": "collection",
-        "snapshot": target.uri,
-        "rows": manifest["rows"],
-        "failed": manifest["failed"],
-        "seconds": time.perf_counter() - started,
-        "skipped": skipped,
-    }
+    return artefacts.result("collection", target, started, skipped=skipped)

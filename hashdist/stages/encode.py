@@ -25,9 +25,9 @@ from hashdist.ground.errors import InvalidInput
 from hashdist.ground.schema import OK, failures, from_vectors, to_vectors, vector_schema
 from hashdist.ground.settings import Settings
 from hashdist.models.model import NOT_FINITE, Model, check_features, load_model
+from hashdist.stages import artefacts
 from hashdist.stages.cluster import session, tasks
-from hashdist.store import open_store
-from hashdist.store.commit import Artefact, artefact, read_table, write_table
+from hashdist.store.commit import Artefact, read_table, write_table
 
 KIND = "codes"
 REVISION = 1
@@ -47,14 +47,7 @@ def snapshot(settings: Settings, model: Artefact, source: Artefact) -> Artefact:
         source: committed features (frozen mode) or a committed collection (images mode).
     """
     inputs = {"model": model.manifest()["model_digest"], source.kind: source.name}
-    return artefact(
-        open_store(settings.root),
-        KIND,
-        inputs=inputs,
-        settings=settings.encode.identity(),
-        revision=REVISION,
-        salt=settings.fresh,
-    )
+    return artefacts.target(settings, KIND, REVISION, inputs=inputs, identity=settings.encode.identity())
 
 
 def run(settings: Settings, model: Artefact, source: Artefact) -> dict[str, Any]:
@@ -119,16 +112,7 @@ def _manifest(settings: Settings, model: Artefact, source: Artefact, records: li
 
 
 def _result(codes: Artefact, started: float, *, skipped: bool) -> dict[str, Any]:
-    manifest = codes.manifest()
-    return {
-        "stage": "encode",
-        "snapshot": codes.uri,
-        "rows": manifest["rows"],
-        "failed": manifest["failed"],
-        "seconds": time.perf_counter() - started,
-        "skipped": skipped,
-        "bits": manifest["bits"],
-    }
+    return artefacts.result("encode", codes, started, skipped=skipped, bits=codes.manifest()["bits"])
 
 
 @lru_cache(maxsize=1)

@@ -36,11 +36,10 @@ from hashdist.ground.settings import FeatureSettings, Settings
 from hashdist.ground.threads import in_order
 from hashdist.models.backbones import Backbone, build_backbone
 from hashdist.models.networks import open_network, state_bytes, warn_of_random, weights_identity
+from hashdist.stages import artefacts
 from hashdist.stages.cluster import metrics, session, tasks
-from hashdist.store import open_store
 from hashdist.store.commit import (
     Artefact,
-    artefact,
     create_record,
     digest,
     open_artefact,
@@ -76,16 +75,14 @@ def snapshot(settings: Settings, *upstream: Artefact) -> Artefact:
     chosen = settings.features
     if chosen.snapshot:
         return open_artefact(chosen.snapshot, KIND)
-    root = open_store(settings.root)
     if chosen.source:
         source = vectors.list_source(chosen.source)
         inputs = {"source": source.digest, "uri": source.uri}
-        return artefact(root, KIND, inputs=inputs, settings={}, revision=REVISION, salt=settings.fresh)
+        return artefacts.target(settings, KIND, REVISION, inputs=inputs, identity={})
     (collection,) = upstream
     # weights by content: the same file elsewhere gives the same features, another one under its name does not
     identity = {**chosen.identity(), "weights": weights_identity(chosen), "source": ""}
-    inputs = {"collection": collection.name}
-    return artefact(root, KIND, inputs=inputs, settings=identity, revision=REVISION, salt=settings.fresh)
+    return artefacts.target(settings, KIND, REVISION, inputs={"collection": collection.name}, identity=identity)
 
 
 def run(settings: Settings, *upstream: Artefact) -> dict[str, Any]:
@@ -112,17 +109,8 @@ def _result(target: Artefact, started: float, *, skipped: bool) -> dict[str, Any
     if manifest["failed"]:
         found = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["reasons"].items()))
         say(f"features: {manifest['failed']} of {manifest['rows']} images have no feature: {found}")
-    return {
-        "stage": "features",
-        "snapshot": target.uri,
-        "rows": manifest["rows"],
-        "failed": manifest["failed"],
-        "seconds": time.perf_counter() - started,
-        "skipped": skipped,
-        "decoded": 0,
-        "width": manifest["width"],
-        "backbone": manifest["backbone"],
-    }
+    details = {"decoded": 0, "width": manifest["width"], "backbone": manifest["backbone"]}
+    return artefacts.result("features", target, started, skipped=skipped, **details)
 
 
 def _publish(target: Artefact, records: Sequence[dict[str, Any]], fields: dict[str, Any]) -> None:

@@ -31,11 +31,11 @@ from hashdist.ground.settings import GraphSettings, Settings
 from hashdist.methods.contract import find_method
 from hashdist.nearest import cosine
 from hashdist.nearest import shared as shared_module
+from hashdist.stages import artefacts
 from hashdist.stages.cluster import session, tasks
 from hashdist.store import Store, open_store
 from hashdist.store.commit import (
     Artefact,
-    artefact,
     create_record,
     open_artefact,
     read_file,
@@ -64,14 +64,8 @@ def snapshot(settings: Settings, features: Artefact) -> Artefact:
     """
     if settings.graph.snapshot:
         return open_artefact(settings.graph.snapshot, KIND)
-    return artefact(
-        open_store(settings.root),
-        KIND,
-        inputs={"features": features.name},
-        settings=_identity(_chosen(settings)),
-        revision=REVISION,
-        salt=settings.fresh,
-    )
+    identity = _identity(_chosen(settings))
+    return artefacts.target(settings, KIND, REVISION, inputs={"features": features.name}, identity=identity)
 
 
 def run(settings: Settings, features: Artefact) -> dict[str, Any]:
@@ -317,12 +311,5 @@ def _warn_of_starvation(graph: Artefact) -> None:
 
 def _result(graph: Artefact, started: float, *, skipped: bool) -> dict[str, Any]:
     manifest = graph.manifest()
-    return {
-        "stage": "graph",
-        "snapshot": graph.uri,
-        "rows": manifest["rows"],
-        "failed": manifest["failed"],
-        "seconds": time.perf_counter() - started,
-        "skipped": skipped,
-        **{name: manifest[name] for name in ("rule", "n", "k1", "k2", "edges")},
-    }
+    details = {name: manifest[name] for name in ("rule", "n", "k1", "k2", "edges")}
+    return artefacts.result("graph", graph, started, skipped=skipped, **details)

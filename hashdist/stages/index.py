@@ -5,7 +5,6 @@ A version remembers the codes it was built from, and changes by `append` or `rei
 the same codes again finds nothing to do. Other codes replace all content in one commit, on which searches move over.
 """
 
-import importlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -60,8 +59,9 @@ def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
     features = _features(settings, codes)
     if _built(index.manifest, codes, features):
         return _result(index, started, skipped=True)
-    # brings torch with it, which the tasks that write shards do without
-    checks = importlib.import_module("hashdist.evaluation.gate").for_build(settings, codes)
+    from hashdist.evaluation import gate  # brings torch with it, which the tasks that write shards do without
+
+    checks = gate.for_build(settings, codes)
     if _waits(index, codes, features):
         say("index: these codes wait as a candidate already; nothing is written, the gate looks at them again")
         promotion.promote(index, checks)

@@ -39,10 +39,11 @@ from hashdist.models.model import describe
 from hashdist.models.networks import Network, open_network, spec_settings, state_bytes, weights_digest
 from hashdist.models.sample import LocalShare, cache_images, read_sample, sample_ids, sample_labels
 from hashdist.models.training import Trained, train
+from hashdist.stages import artefacts
 from hashdist.stages.cluster import metrics, session
 from hashdist.stages.cluster.workers import Workers, fit
 from hashdist.store import open_store
-from hashdist.store.commit import Artefact, Log, Version, artefact, read_file, write_file
+from hashdist.store.commit import Artefact, Log, Version, read_file, write_file
 
 KIND = "models"
 REVISION = 1
@@ -61,14 +62,7 @@ def snapshot(settings: Settings, graph: Artefact, features: Artefact, collection
         collection: the committed collection, in images mode.
     """
     inputs = {a.kind: a.name for a in (graph, features, collection) if a is not None}
-    return artefact(
-        open_store(settings.root),
-        KIND,
-        inputs=inputs,
-        settings=settings.train.identity(),
-        revision=REVISION,
-        salt=settings.fresh,
-    )
+    return artefacts.target(settings, KIND, REVISION, inputs=inputs, identity=settings.train.identity())
 
 
 def run(settings: Settings, graph: Artefact, features: Artefact, collection: Artefact | None = None) -> dict[str, Any]:
@@ -283,19 +277,8 @@ def _copied_weights(job: _Job) -> dict[str, Any] | None:
 def _result(model: Artefact, started: float, *, skipped: bool) -> dict[str, Any]:
     manifest = model.manifest()
     last = manifest["history"][-1] if manifest["history"] else {}
-    return {
-        "stage": "train",
-        "snapshot": model.uri,
-        "rows": manifest["rows"],
-        "failed": 0,
-        "seconds": time.perf_counter() - started,
-        "skipped": skipped,
-        "method": manifest["method"],
-        "bits": manifest["bits"],
-        "loss": last.get("loss"),
-        "model_digest": manifest["model_digest"],
-        "run": manifest["run"],
-    }
+    details = {name: manifest[name] for name in ("method", "bits", "model_digest", "run")}
+    return artefacts.result("train", model, started, skipped=skipped, loss=last.get("loss"), **details)
 
 
 # On every worker

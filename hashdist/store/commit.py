@@ -87,10 +87,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hashdist import __version__
 from hashdist.ground import telemetry
 from hashdist.ground.errors import Conflict, Corrupt, HashdistError, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from hashdist.ground.schema import FORMAT_VERSION
+from hashdist.ground.version import __version__
 from hashdist.store import Store, open_store
 from hashdist.store.base import Contended, Exists, checked_name
 

@@ -446,7 +446,8 @@ def command(root: str, images: Path, *more: str) -> list[str]:
 
 _CHILD = """
 import os, signal, sys
-from hashdist import cli, telemetry
+from hashdist import cli
+from hashdist.ground import telemetry
 left = int(os.environ.get("KILL_AT", "0"))
 count = telemetry.count_request
 def counted(operation):

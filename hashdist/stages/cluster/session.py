@@ -1,4 +1,4 @@
-"""The border to Ray: a session, bounded runs of parts, and the metrics sink. Stages use it; nothing below does."""
+"""A session of Ray: joined or started, and the CPUs, GPUs and machines that it has."""
 
 import logging
 import os
@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
 
 from hashdist.ground import exporting
 from hashdist.ground.progress import say
 from hashdist.ground.settings import ClusterSettings, Settings
-from hashdist.stages.cluster import quiet
+from hashdist.stages.cluster import internals, quiet
 from hashdist.stages.cluster.metrics import RaySink
 
 _QUIET = {
@@ -23,7 +22,6 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
-
 
 _STARTS = 3
 
@@ -48,7 +46,7 @@ def session(settings: ClusterSettings) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         with tempfile.TemporaryDirectory(prefix="hd", dir="/tmp", ignore_cleanup_errors=True) as folder:
             # all processes of this Ray inherit it; a runtime_env would forbid the workers that Ray starts ahead
-            with _environment({**_worker_environment(), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}), _loopback():
+            with _environment({**_worker_environment(), internals.LOOPBACK_VARIABLE: "0"}), internals.loopback():
                 _start(settings, folder)
             quiet.keep_core_log()
             try:
@@ -80,10 +78,9 @@ def _start(settings: ClusterSettings, folder: str) -> None:
                 num_cpus=settings.cpus or max(4, os.cpu_count() or 4),
                 object_store_memory=settings.object_store_mb << 20,
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
                 logging_level=logging.WARNING,
                 log_to_driver=quiet.is_asked_for(),
-                _temp_dir=folder,
+                **internals.on_loopback(folder),
             )
             return
         except Exception as error:  # Ray has no class of its own for it
@@ -98,21 +95,6 @@ def observed_session(settings: Settings) -> Iterator[None]:
     """A session in which observations of this process go where the settings say, else into Ray."""
     with session(settings.cluster), exporting.exported(settings.metrics, RaySink()):
         yield
-
-
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """Let Ray's servers listen on the loopback only.
-
-    Ray replaces a loopback address by the machine's own, and then listens on every interface, unless it is told, as it
-    is on desktop systems, that it makes no clusters. The variable says it to the processes that it starts.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
@@ -131,9 +113,9 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _worker_environment() -> dict[str, str]:
-    """What workers need wherever they run: the store's settings, and this package where it runs from a checkout."""
+    """Variables that workers need wherever they run: the store's, and this package where it runs from a checkout."""
     passed = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "HASHDIST_"))}
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[3]
     if (checkout / "pyproject.toml").exists():
         passed["PYTHONPATH"] = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
     return passed

@@ -20,11 +20,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import ray
-from ray._private.state import state as ray_state
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.backend import Backend, BackendConfig
 
 from hashdist.ground.errors import HashdistError, InvalidInput, OutcomeUnknown, Unavailable
+from hashdist.stages.cluster import internals
 from hashdist.store import Store
 
 COLLECTIVE_TIMEOUT_S = 1800
@@ -60,8 +60,7 @@ class Workers:
     def check(self) -> None:
         """InvalidInput if the cluster, grown as far as its autoscaler may grow it, cannot hold the workers."""
         present: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        # what Ray Train asks itself; without it no autoscaling cluster could ever start from nothing
-        reachable = ray_state.get_max_resources_from_cluster_config() or {}
+        reachable = internals.autoscaler_limits()  # without them no autoscaling cluster could start from nothing
         for resource, each in self.claim().items():
             there = max(present.get(resource, 0), reachable.get(resource, 0))
             if each * self.count > there:
@@ -176,9 +175,7 @@ class _Gloo(Backend):
 
 
 def _free_address() -> str:
-    from ray.train._internal.utils import get_address_and_port
-
-    host, port = get_address_and_port()
+    host, port = internals.free_address()
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 

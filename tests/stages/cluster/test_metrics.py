@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hashdist import cli
 from hashdist.ground.telemetry import DECLARED
-from hashdist.stages import pipeline
 from hashdist.stages.cluster import metrics, session
+from hashdist.stages.pipeline import Pipeline
 
 pytestmark = pytest.mark.cluster
 
@@ -126,8 +126,9 @@ def scraped(ray_session: None, s3_endpoint: str, tmp_path_factory: pytest.TempPa
         try:
             settings, _ = cli.parse("pipeline", ["--config", str(config), f"--metrics.port={port}"])
             with session.observed_session(settings):
+                every = Pipeline(settings)
                 for stage in STAGES:
-                    pipeline.run_in_session(settings, stage)
+                    every.run(stage)
         finally:
             over.set()
             poller.join()

@@ -7,6 +7,7 @@ import ray
 
 from hashdist.ground.settings import ClusterSettings
 from hashdist.stages.cluster import session
+from tests import REPOSITORY
 from tests.worlds.processes import LOOPBACK, descendants, listening
 
 pytestmark = pytest.mark.cluster
@@ -39,3 +40,8 @@ def test_a_start_that_took_too_long_is_made_again_and_any_other_error_raised(mon
     with pytest.raises(RuntimeError, match="no"):
         session._start(ClusterSettings(), "folder")
     assert len(started) == 4
+
+
+def test_workers_import_the_package_from_the_checkout_that_it_runs_from() -> None:
+    folders = session._worker_environment()["PYTHONPATH"].split(os.pathsep)
+    assert folders[0] == str(REPOSITORY)

@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from hashdist.ground.errors import AlreadyExists, InvalidInput
 from hashdist.ground.ids import assign_salts, image_ids
 from hashdist.ground.permutation import mix64
-from hashdist.store import Store, open_store
+from hashdist.store import Store, of_file
 
 Labels = Sequence[Sequence[int] | None] | NDArray[np.integer]
 """Labels of every row, as the column `labels` of a table gives them, or one class number a row."""
@@ -441,10 +441,10 @@ def read_protocol(uri: str) -> Protocol:
 
 
 def _place(uri: str) -> tuple[Store, str]:
-    folder, slash, file = uri.rpartition("/")
+    store, file = of_file(uri)
     if not file:
         raise InvalidInput(f"a protocol file is required (file:PATH or file:s3://bucket/NAME), found {uri!r}")
-    return open_store(folder + slash if slash else "."), file
+    return store, file
 
 
 @lru_cache(maxsize=4)

@@ -31,7 +31,7 @@ from hashdist.ground.progress import say
 from hashdist.ground.settings import FeatureSettings, PreprocessSettings
 from hashdist.models.cnnf import SIDE as CNNF_SIDE
 from hashdist.models.cnnf import CnnF
-from hashdist.store import open_store
+from hashdist.store import of_file
 
 PIXELS = "pixels"
 CNNF = "cnnf"
@@ -479,8 +479,8 @@ def read_weights(uri: str) -> dict[str, Tensor]:
 
 
 def _read(uri: str) -> bytes:
-    folder, _, name = uri.rpartition("/")
-    return open_store(folder or ("/" if uri.startswith("/") else ".")).get(name)
+    store, name = of_file(uri)
+    return store.get(name)
 
 
 def _from_safetensors(data: bytes, where: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from hashdist.ground.errors import InvalidInput, NotFound
 from hashdist.ground.ids import image_ids
 from hashdist.ground.threads import in_order
-from hashdist.store import Entry, Store, open_store
+from hashdist.store import Entry, Store, of_file
 
 LISTED = pa.schema(
     [
@@ -130,7 +130,7 @@ def read_inventory(uri: str, collection: Store) -> Inventory:
 
     Raises InvalidInput for what is no inventory of that bucket, or lacks a column. NotFound: the manifest, its files.
     """
-    store, name = _file(uri)
+    store, name = of_file(uri)
     try:
         manifest = json.loads(store.get(name))
         bucket, form, files = manifest["sourceBucket"], manifest["fileFormat"].lower(), manifest["files"]
@@ -158,20 +158,11 @@ def read_inventory(uri: str, collection: Store) -> Inventory:
     return Inventory(float(created) / 1000 if created else None, blocks())
 
 
-def _file(uri: str) -> tuple[Store, str]:
-    """The folder and the name of a file."""
-    folder, _, name = uri.rpartition("/")
-    return open_store(folder or "."), name
-
-
 def _beside(store: Store, manifest: str, key: str) -> bytes:
     """A file of an inventory: under its key in the destination bucket, else beside the manifest or in ../data."""
-    places = [(store, key), (store, key.rpartition("/")[2])]
-    parent = open_store(store.uri.rpartition("/")[0])
-    places.append((parent, "data/" + key.rpartition("/")[2]))
-    if store.uri.startswith("s3://"):
-        places.insert(0, (open_store("/".join(store.uri.split("/")[:3])), key))
-    for where, name in places:
+    file, bucket = key.rpartition("/")[2], store.bucket()
+    places = [(store, key), (store, file), (store.as_file()[0], f"data/{file}")]
+    for where, name in [*([(bucket, key)] if bucket else []), *places]:
         try:
             return where.get(name)
         except NotFound:
@@ -242,7 +233,7 @@ def read_changes(uri: str) -> Changes:
 
     Raises InvalidInput for another `op`, or an empty key. NotFound.
     """
-    store, name = _file(uri)
+    store, name = of_file(uri)
     data = store.get(name)
     last: dict[str, Op] = {}
     for number, (op, key) in enumerate(_parquet_changes(data, uri) if data[:4] == b"PAR1" else _text_changes(data), 1):

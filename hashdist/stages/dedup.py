@@ -36,7 +36,7 @@ from hashdist.nearest import joins
 from hashdist.nearest.joins import Block, Edges
 from hashdist.stages.cluster import session
 from hashdist.stages.cluster import tasks as tasks_module
-from hashdist.store import Store, open_store
+from hashdist.store import Store, of_file
 
 _METADATA = b"hashdist.dedup"
 _TASKS_FOR_RAY = 4
@@ -88,12 +88,11 @@ def run(index: Index, options: DedupOptions, cluster: ClusterSettings) -> dict[s
 
 def _place(options: DedupOptions) -> tuple[Store, str]:
     """Where the output goes. Raises InvalidInput, AlreadyExists."""
-    folder, slash, name = options.out.rpartition("/")
+    store, name = of_file(options.out)
     if not name.endswith(".parquet"):
         raise InvalidInput(f"a .parquet file to write is required, found {options.out!r}; give --out FILE.parquet")
     if options.radius < 0 or options.block_rows < 1:
         raise InvalidInput(f"radius must be at least 0 and block_rows at least 1, found {options}")
-    store = open_store(folder + slash if slash else ".")
     if store.exists(name):
         raise AlreadyExists(f"{options.out} is there already; choose another name")
     return store, name
@@ -182,9 +181,9 @@ def _since(index: Index, options: DedupOptions) -> _Work:
 
 
 def _read_previous(index: Index, options: DedupOptions) -> _Previous:
-    folder, slash, name = options.previous.rpartition("/")
+    store, name = of_file(options.previous)
     try:
-        table = pq.read_table(io.BytesIO(open_store(folder + slash if slash else ".").get(name)))
+        table = pq.read_table(io.BytesIO(store.get(name)))
         about = json.loads((table.schema.metadata or {})[_METADATA])
     except (pa.ArrowInvalid, KeyError) as error:
         raise InvalidInput(f"--previous must be a file that dedup wrote, found {options.previous}: {error}") from error

@@ -1,4 +1,4 @@
-"""What a store is: a folder of immutable objects, on local disk or on S3.
+"""The contract of a store: a folder of immutable objects, wherever it lies (docs/extend.md).
 
 A store knows nothing of manifests or versions: it reads, writes whole objects, lists, and creates one object
 conditionally. Everything that is built on that one condition is in hashdist/store/commit.py.
@@ -7,7 +7,7 @@ conditionally. Everything that is built on that one condition is in hashdist/sto
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pyarrow.fs
 
@@ -34,11 +34,23 @@ class Contended(Unavailable):
 class Store(ABC):
     """A folder of immutable objects. Picklable and cheap to open: a connection is made on first use.
 
+    Class attributes:
+        form: how its URIs read, for messages.
+        environment: how the names of those environment variables begin that every machine needs to open it.
+
     Attributes:
         uri: canonical, without a trailing slash: `file:///abs/path` or `s3://bucket/prefix`.
     """
 
+    form: ClassVar[str]
+    environment: ClassVar[tuple[str, ...]] = ()
+
     uri: str
+
+    @classmethod
+    def parse(cls, uri: str) -> "Store":
+        """The store at a URI of its scheme; nothing is read or created. Raises InvalidInput."""
+        raise NotImplementedError(f"{cls.__name__} is not opened by a URI")
 
     @abstractmethod
     def child(self, path: str) -> "Store":
@@ -97,6 +109,19 @@ class Store(ABC):
     @abstractmethod
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """For bulk data: a pyarrow file system and the path of this store inside it."""
+
+    def is_away(self, error: OSError) -> bool:  # noqa: ARG002
+        """Whether an error of that file system means that the store does not answer now."""
+        return False
+
+    def as_file(self) -> "tuple[Store, str]":
+        """The folder above this one, and the name of this one in it: what the URI of a single file names."""
+        base, _, name = self.uri.rpartition("/")
+        return (self, "") if base.endswith("/") else (type(self).parse(base), name)
+
+    def bucket(self) -> "Store | None":
+        """The bucket that this folder lies in; None where there are none."""
+        return None
 
     def local_path(self, name: str) -> Path | None:  # noqa: ARG002
         """Where the object lies on this machine's disk; None for a remote store."""

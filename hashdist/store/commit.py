@@ -341,7 +341,7 @@ def read_table(
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise NotFound(f"{where} does not exist") from error
-        if "AWS Error" in str(error):
+        if isinstance(error, OSError) and store.is_away(error):
             raise Unavailable(f"{where} cannot be read now: {error}") from error
         raise Corrupt(f"{where} is not the parquet file that was committed: {error}") from error
 

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
@@ -41,6 +42,8 @@ class LocalStore(Store):
         folder: absolute path; need not exist.
     """
 
+    form: ClassVar[str] = "file://..."
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.uri = folder.as_uri()
@@ -59,6 +62,10 @@ class LocalStore(Store):
     def child(self, path: str) -> "LocalStore":
         """See Store."""
         return LocalStore(self._folder / checked_name(path))
+
+    def as_file(self) -> tuple[Store, str]:
+        """See Store."""
+        return LocalStore(self._folder.parent), self._folder.name
 
     def local_path(self, name: str) -> Path:
         """See Store."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
 import pyarrow.fs
@@ -45,6 +45,9 @@ class S3Store(Store):
         prefix: without slashes at its ends; may be empty.
     """
 
+    form: ClassVar[str] = "s3://bucket/prefix"
+    environment: ClassVar[tuple[str, ...]] = ("AWS_",)
+
     def __init__(self, bucket: str, prefix: str) -> None:
         self._bucket, self._prefix = bucket, prefix
         self.uri = "s3://" + joined(bucket, prefix)
@@ -61,6 +64,14 @@ class S3Store(Store):
     def child(self, path: str) -> "S3Store":
         """See Store."""
         return S3Store(self._bucket, joined(self._prefix, checked_name(path).strip("/")))
+
+    def bucket(self) -> "S3Store":
+        """See Store."""
+        return S3Store(self._bucket, "")
+
+    def is_away(self, error: OSError) -> bool:
+        """See Store."""
+        return "AWS Error" in str(error)
 
     def _key(self, name: str) -> str:
         return joined(self._prefix, checked_name(name))

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -28,6 +29,11 @@ def no_sleep(seconds: float) -> None:
     pass
 
 
+def new_root(kind: str) -> str:
+    """The URI of an empty root."""
+    return f"memory://{uuid4().hex}" if kind == "memory" else tempfile.mkdtemp(prefix="hashdist-machine-")
+
+
 class CommitMachine(RuleBasedStateMachine):
     """Four writers on one log and one artefact.
 
@@ -35,10 +41,12 @@ class CommitMachine(RuleBasedStateMachine):
     be so at once and for ever; a writer that was told nothing (unknown outcome, crash) may have won or not.
     """
 
+    kind = "local"
+
     @initialize()
     def start(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="hashdist-machine-")
-        self.store: Store = open_store(self.folder)
+        self.root = new_root(self.kind)
+        self.store: Store = open_store(self.root)
         self.versions: dict[int, int] = {}
         self.parts: dict[int, int] = {}
         self.payload = itertools.count()
@@ -135,8 +143,8 @@ class CommitMachine(RuleBasedStateMachine):
         assert read_file(store or self.store, record["file"]) == str(payload).encode()
 
     def teardown(self) -> None:
-        if hasattr(self, "folder"):
-            shutil.rmtree(self.folder)
+        if hasattr(self, "root"):
+            shutil.rmtree(self.root, ignore_errors=self.kind != "local")
 
 
 @pytest.fixture(autouse=True)
@@ -144,18 +152,25 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "_pause_s", lambda attempt: 0.0)
 
 
-def test_random_histories() -> None:
-    _run(examples=40, steps=25)
+class InMemory(CommitMachine):
+    """The same on another kind of store."""
+
+    kind = "memory"
+
+
+@pytest.mark.parametrize("machine", [CommitMachine, InMemory])
+def test_random_histories(machine: type[CommitMachine]) -> None:
+    _run(machine, examples=40, steps=25)
 
 
 @pytest.mark.full
 def test_many_random_histories() -> None:
-    _run(examples=400, steps=60)
+    _run(CommitMachine, examples=400, steps=60)
 
 
-def _run(examples: int, steps: int, **more: Any) -> None:
+def _run(machine: type[CommitMachine], examples: int, steps: int, **more: Any) -> None:
     chosen = settings(COMMON, max_examples=examples, stateful_step_count=steps, **more)
-    run_state_machine_as_test(CommitMachine, settings=chosen)
+    run_state_machine_as_test(machine, settings=chosen)
 
 
 # The machine must notice a protocol that is wrong
@@ -190,12 +205,12 @@ def wrong_protocol(wrong: str) -> Callable[..., tuple[dict[str, Any], bool]]:
 def test_a_wrong_protocol_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "create_record", wrong_protocol(wrong))
     with pytest.raises(AssertionError):
-        _run(examples=300, steps=25, phases=[Phase.generate], report_multiple_bugs=False, database=None)
+        _run(CommitMachine, examples=300, steps=25, phases=[Phase.generate], report_multiple_bugs=False, database=None)
 
 
 def test_a_plain_but_right_protocol_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "create_record", wrong_protocol("nothing"))
-    _run(examples=40, steps=25, database=None)
+    _run(CommitMachine, examples=40, steps=25, database=None)
 
 
 # A crash at every call
@@ -215,9 +230,11 @@ def publish_everything(store: Store) -> None:
         log.commit({"files": [write_file(log.store, log.new_name("shards", ".bin"), b"shard")]}, 0)
 
 
-def test_a_crash_at_any_call_leaves_nothing_half_done_and_a_second_run_finishes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_crash_at_any_call_leaves_nothing_half_done_and_a_second_run_finishes(kind: str, tmp_path: Path) -> None:
+    base = str(tmp_path) if kind == "local" else new_root(kind)
     for crash_at in itertools.count():
-        root = open_store(str(tmp_path / f"{crash_at}"))
+        root = open_store(f"{base}/{crash_at}")
         calls = itertools.count()
 
         def die(name: str, calls: Any = calls, crash_at: int = crash_at) -> None:

@@ -14,6 +14,7 @@ from hashdist.ground.progress import say
 from hashdist.ground.settings import ClusterSettings, Settings
 from hashdist.stages.cluster import internals, quiet
 from hashdist.stages.cluster.metrics import RaySink
+from hashdist.store import STORES
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -113,8 +114,9 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _worker_environment() -> dict[str, str]:
-    """Variables that workers need wherever they run: the store's, and this package where it runs from a checkout."""
-    passed = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "HASHDIST_"))}
+    """Variables that workers need wherever they run: the stores', and this package where it runs from a checkout."""
+    beginnings = ("HASHDIST_", *(beginning for store in STORES.values() for beginning in store.environment))
+    passed = {name: value for name, value in os.environ.items() if name.startswith(beginnings)}
     checkout = Path(__file__).resolve().parents[3]
     if (checkout / "pyproject.toml").exists():
         passed["PYTHONPATH"] = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))

@@ -210,8 +210,6 @@ def _leave() -> None:
 
 
 def _storage(store: Store) -> dict[str, Any]:
-    if store.uri.startswith("file://"):
-        return {"storage_path": store.uri.removeprefix("file://")}
     filesystem, base = store.filesystem()
     return {"storage_path": base, "storage_filesystem": filesystem}
 

@@ -1,4 +1,4 @@
-"""Collections of images: what is there (a listing), and the committed listing from which later stages read.
+"""Collections of images: a listing, scanned and committed, from which later stages read.
 
 `list_collection` looks at names, sizes and stamps only; their digest names the artefact. A scan
 (hashdist/collection/readers/reader.py) then reads every image once, unit by unit, and `assemble` makes of the scanned
@@ -21,16 +21,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hashdist.collection.listing import Listing
-from hashdist.collection.readers.folder import FolderReader
-from hashdist.collection.readers.parquet import ParquetReader
-from hashdist.collection.readers.reader import SCANNED, Lost, Reader, Unit, content_digest
-from hashdist.collection.readers.tar import TarReader
-from hashdist.collection.salts import ID_BITS, PARTITION_ROWS, column_of, partitions, salted, salts_of, salts_of_units
+from hashdist.collection.readers import FORMATS
+from hashdist.collection.readers.reader import Lost, Reader, Unit, content_digest
+from hashdist.collection.salts import column_of, partitions, prefix_bits, salted, salts_of_units
 from hashdist.collection.vocabulary import Labels, numbered
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.ids import image_id, image_ids
-from hashdist.ground.schema import LISTING, OK
+from hashdist.ground.ids import ID_BITS, image_id, image_ids
+from hashdist.ground.schema import LISTING, OK, slug
 from hashdist.store import Entry, Store, open_store
+from hashdist.store.base import joined
 from hashdist.store.commit import Artefact, artefact, open_artefact, read_table, write_table
 
 KIND = "collections"
@@ -38,7 +37,7 @@ REVISION = 1
 
 
 class Image(NamedTuple):
-    """An image of a collection; `data` is None, with a reason, where its bytes cannot be had."""
+    """An image of a collection; `data` is None, with a reason, where its bytes cannot be read."""
 
     id: int
     key: str
@@ -48,51 +47,29 @@ class Image(NamedTuple):
     reason: str | None
 
 
-# Planning: what is scanned, and under which ids
+# Planning a scan
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a scan does: units of one reader, and the salts that are known before it."""
+class ScanPlan:
+    """The work of a scan: units of one reader, and the salts that are known before it."""
 
     reader: Reader
     units: list[Unit]
     salts: dict[str, int]
 
 
-def plan(listing: Listing, part_rows: int) -> Plan:
+def plan(listing: Listing, part_rows: int) -> ScanPlan:
     """Cut a listing into units. Parquet footers are read here; tars are not opened before their scan."""
     if part_rows < 1:
         raise InvalidInput(f"a part needs at least 1 row, found part_rows = {part_rows}")
-    if listing.format == "folder":
-        rows, salts = _folder_rows(listing.files)
-        reader: Reader = FolderReader(listing.store, rows, listing.options["labels"])
-        return Plan(reader, reader.units(part_rows), salts)
-    if listing.format == "parquet":
-        reader = ParquetReader.open(listing.store, listing.files, **listing.options)
-    else:
-        reader = TarReader(listing.store, listing.files, listing.options["labels"])
+    reader = FORMATS[listing.format].open(listing.store, listing.files, **listing.options)
     units = reader.units(part_rows)
     if not units:
         raise InvalidInput(
             f"{listing.uri}: at least one image is required, found {len(listing.files)} files without rows"
         )
-    return Plan(reader, units, {})
-
-
-def _folder_rows(files: list[Entry]) -> tuple[pa.Table, dict[str, int]]:
-    """id, key, size, stamp sorted by id."""
-    # names that are not UTF-8 cannot be keys; escaped, they are rows that will not be found
-    keys = [entry.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for entry in files]
-    ids = image_ids(keys)
-    salts = salts_of(ids, lambda rows: [keys[row] for row in rows], lambda: keys)
-    if salts:
-        ids = image_ids(keys, salts)
-    table = pa.table(
-        [ids, keys, [entry.size for entry in files], [entry.stamp for entry in files]],
-        schema=pa.schema([LISTING.field(name) for name in ("id", "key", "size", "stamp")]),
-    )
-    return table.take(np.argsort(ids)), salts
+    return ScanPlan(reader, units, dict(reader.salts))
 
 
 # Assembling: from scanned units to what is committed
@@ -115,7 +92,7 @@ def assemble(
     units: Sequence[Mapping[str, Any]],
     *,
     salts: Mapping[str, int],
-    labels: "Labels",
+    labels: Labels,
     part_rows: int,
 ) -> dict[str, Any]:
     """Write the listing of scanned units; returns the fields of the manifest that follow from them.
@@ -134,7 +111,7 @@ def assemble(
     ids = [column_of(target, unit, "id") for unit in units]
     salts = {**salts, **salts_of_units(target, units, ids)}
     rows = sum(len(part) for part in ids)
-    bits = max(0, (max(rows, 1) - 1) // PARTITION_ROWS).bit_length()
+    bits = prefix_bits(rows)
     files, content = [], blake2b(digest_size=16)
     unreadable: Counter[str] = Counter()
     for partition in partitions(target, units, ids, bits, salts):
@@ -143,7 +120,7 @@ def assemble(
         files.append(write_table(target.store, target.new_name(".parquet"), listed.cast(LISTING)))
         _digest_rows(content, listed)
         reasons = listed.filter(pc.not_equal(listed["status"], OK))["reason"].to_pylist()
-        unreadable.update(str(reason).partition(":")[0] for reason in reasons)
+        unreadable.update(map(slug, reasons))
     return {
         "rows": rows,
         "failed": unreadable.total(),
@@ -231,10 +208,14 @@ class Collection:
         for rows in self._rows_of(list(keys)):
             listed.update(rows["key"].to_pylist())
             found.update({image.key: image.data for image in self._images(rows) if image.data is not None})
-        if isinstance(self._reader, FolderReader):
-            later = [key for key in keys if key not in listed]
-            found.update({k: data for k, data in self._reader.read_keys(later) if isinstance(data, bytes)})
+        later = [key for key in keys if key not in listed]
+        found.update({new.key: new.data for new in self._reader.read_keys(later) if isinstance(new.data, bytes)})
         return found
+
+    def picture_uri(self, key: str) -> str:
+        """Where the image of a key lies: FOLDER/KEY, or URI#KEY where files hold many images."""
+        manifest = self.artefact.manifest()
+        return joined(manifest["base"], key) if self._reader.files_are_images else f"{manifest['uri']}#{key}"
 
     def _rows_of(self, keys: list[str]) -> Iterator[pa.Table]:
         """Rows of the keys, by source; looked up in the listing by id, so a few of its files are read."""
@@ -243,7 +224,7 @@ class Collection:
         for prefix in np.unique(ids >> (ID_BITS - manifest["prefix_bits"])):
             listed = read_table(self.artefact.store, manifest["files"][prefix])
             listed = listed.filter(pc.is_in(listed["id"], pa.array(ids)))
-            if self._reader.format == "folder":
+            if self._reader.files_are_images:
                 yield listed
                 continue
             sources = set(listed["source"].to_pylist())
@@ -262,7 +243,7 @@ class Collection:
         for row, there in zip(zip(*columns, strict=True), present.to_pylist(), strict=True):
             id_, key, digest, labels, reason = row
             image = next(data) if there else Lost(reason)
-            if isinstance(image, bytes) and self._reader.format == "folder" and content_digest(image) != digest:
+            if isinstance(image, bytes) and self._reader.files_are_images and content_digest(image) != digest:
                 image = Lost("changed: its bytes are not those that were listed; list the collection again")
             if isinstance(image, Lost):
                 yield Image(id_, key, digest, labels, None, image.reason)
@@ -276,17 +257,16 @@ def open_collection(uri: str) -> Collection:
 
 
 def _reader(manifest: Mapping[str, Any]) -> Reader:
-    """The reader of a committed collection, without reading anything."""
-    store, options = open_store(manifest["base"]), manifest["options"]
-    if manifest["format"] == "folder":
-        return FolderReader(store, SCANNED.empty_table(), options["labels"])
-    files = [
-        Entry(name, size, stamp, 0.0)
-        for name, (size, stamp) in zip(manifest["sources"], manifest["stamps"], strict=True)
-    ]
-    if manifest["format"] == "parquet":
-        return ParquetReader(store, files, options["id_column"], options["image_column"], options["labels"])
-    return TarReader(store, files, options["labels"])
+    """The reader of a committed collection, without reading anything. Raises InvalidInput for an unknown format."""
+    name = manifest["format"]
+    if name not in FORMATS:
+        raise InvalidInput(
+            f"{manifest['uri']}: a collection of the format {name!r} was listed, and this hashdist reads "
+            f"{', '.join(FORMATS)}; use one that has this format"
+        )
+    stamps = zip(manifest["sources"], manifest["stamps"], strict=False)  # files that are images have no stamps here
+    files = [Entry(source, size, stamp, 0.0) for source, (size, stamp) in stamps]
+    return FORMATS[name].reopen(open_store(manifest["base"]), files, **manifest["options"])
 
 
 def subset(root: Store, whole: Artefact, ids: Iterable[int]) -> Artefact:

@@ -1,43 +1,39 @@
-"""What is at a URI now: names, sizes and stamps by LIST, the format, and the digest that names the artefact."""
+"""A listing of a collection: names, sizes and stamps by LIST, the format, and the digest that names the artefact."""
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from hashdist.collection.decode import EXTENSIONS
+from hashdist.collection.readers import FORMATS
 from hashdist.collection.readers.reader import is_hidden
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.settings import CollectionSettings
 from hashdist.store import Entry, Store, open_store
 
-Format = Literal["folder", "parquet", "webdataset"]
-
 
 @dataclass(frozen=True)
 class Listing:
-    """What a collection consists of now, by name; no image has been read.
+    """The files of a collection as they are now; no image has been read.
 
     Args:
         uri: canonical.
-        format: of the files.
+        format: of the files, a name in FORMATS.
         store: the folder that names are relative to.
-        files: the image, parquet or tar files, sorted by name.
-        options: the settings that matter for reading: labels, id_column, image_column.
-        digest: of all of it.
+        files: those of the format, sorted by name.
+        options: the settings that its reader takes.
+        digest: of the format, the options, and the names, sizes and stamps of the files.
     """
 
     uri: str
-    format: Format
+    format: str
     store: Store
     files: list[Entry]
     options: dict[str, Any]
     digest: str
-
-
-# Listing
 
 
 def list_collection(settings: CollectionSettings) -> Listing:
@@ -56,44 +52,53 @@ def list_collection(settings: CollectionSettings) -> Listing:
     return Listing(whole.uri, chosen, store, found, options, _listing_digest(chosen, options, found))
 
 
-def reading_options(settings: CollectionSettings, chosen: Format) -> dict[str, Any]:
-    """The settings that matter for reading a format."""
-    options: dict[str, Any] = {"labels": settings.labels}
-    if chosen == "parquet":
-        options |= {"id_column": settings.id_column, "image_column": settings.image_column}
-    return options
+def reading_options(settings: CollectionSettings, chosen: str) -> dict[str, Any]:
+    """The settings that the reader of a format takes."""
+    return {name: getattr(settings, name) for name in FORMATS[chosen].options}
 
 
 def named_store(settings: CollectionSettings) -> Store:
-    """The store at the collection's URI. Raises InvalidInput where there is none."""
+    """The store at the collection's URI. Raises InvalidInput where there is none, or for an unknown format."""
     if not settings.uri:
         raise InvalidInput(
-            "a collection is required (a folder of images, parquet files or tars, local or s3://), found none; "
-            "give --collection.uri"
+            f"a collection is required (a folder of {_plurals()}, local or s3://), found none; give --collection.uri"
+        )
+    if settings.format not in ("auto", *FORMATS):
+        raise InvalidInput(
+            f"the format of a collection must be auto or one of {', '.join(FORMATS)}, found {settings.format!r}; "
+            "choose with --collection.format"
         )
     return open_store(settings.uri)
 
 
 def split_file(store: Store) -> tuple[Store, str]:
     """The folder and the file name, if the URI is one of a single file."""
-    base, _, name = store.uri.rpartition("/")
-    return (open_store(base), name) if PurePosixPath(name).suffix else (store, "")
+    folder, name = store.as_file()
+    return (folder, name) if PurePosixPath(name).suffix else (store, "")
 
 
-def kinds_of(files: Iterable[Entry]) -> dict[Format, list[Entry]]:
+def kinds_of(files: Iterable[Entry]) -> dict[str, list[Entry]]:
     """Files by the format that their extension tells, those of none left out."""
-    kinds: dict[Format, list[Entry]] = {"folder": [], "parquet": [], "webdataset": []}
+    kinds: dict[str, list[Entry]] = {name: [] for name in FORMATS}
+    by_extension = {extension: kinds[name] for name, reader in FORMATS.items() for extension in reader.extensions}
     for entry in files:
-        kind = _kind(entry.name)
-        if kind:
-            kinds[kind].append(entry)
+        name = entry.name
+        suffix = name[name.rfind(".") :].lower() if "." in name else ""  # there may be 10**9 names: no path objects
+        if suffix in by_extension:
+            by_extension[suffix].append(entry)
     return kinds
 
 
-def chosen_format(uri: str, counts: Counter[Format], others: Iterable[Entry], settings: CollectionSettings) -> Format:
-    """The format of a collection with so many files of each. Raises InvalidInput unless it is one.
+def chosen_format(uri: str, counts: Counter[str], others: Iterable[Entry], settings: CollectionSettings) -> str:
+    """The format of a collection, given how many files of each format there are.
 
-    `others`: some of the files, for the message where none is of a format.
+    Args:
+        uri: of the collection.
+        counts: files by format.
+        others: some of the files, for the message where none is of a format.
+        settings: of the collection.
+
+    Raises InvalidInput unless the files are of one format.
     """
     wanted = settings.format
     present = [kind for kind, count in counts.items() if count and wanted in ("auto", kind)]
@@ -106,7 +111,7 @@ def chosen_format(uri: str, counts: Counter[Format], others: Iterable[Entry], se
         )
     seen = Counter(PurePosixPath(entry.name).suffix.lower() or "no extension" for entry in others)
     met = ", ".join(f"{count} x {suffix}" for suffix, count in seen.most_common(5))
-    needed = "images, parquet files or tars" if wanted == "auto" else f"files of the format {wanted!r}"
+    needed = _plurals() if wanted == "auto" else f"files of the format {wanted!r}"
     advice = "; unpack compressed tars first" if any(s in seen for s in (".gz", ".tgz", ".zst", ".bz2", ".xz")) else ""
     raise InvalidInput(
         f"{uri}: {needed} are required, found {met or 'nothing there'}{advice}; check --collection.uri "
@@ -114,14 +119,12 @@ def chosen_format(uri: str, counts: Counter[Format], others: Iterable[Entry], se
     )
 
 
-def _kind(name: str) -> Format | None:
-    suffix = name[name.rfind(".") :].lower() if "." in name else ""  # there may be 10**9 names: no path objects
-    if suffix in EXTENSIONS:
-        return "folder"
-    return {".parquet": "parquet", ".tar": "webdataset"}.get(suffix)  # type: ignore[return-value]
+def _plurals() -> str:
+    *others, last = (reader.plural for reader in FORMATS.values())
+    return f"{', '.join(others)} or {last}"
 
 
-def _listing_digest(chosen: Format, options: dict[str, Any], files: list[Entry]) -> str:
+def _listing_digest(chosen: str, options: dict[str, Any], files: list[Entry]) -> str:
     state = blake2b(repr((chosen, sorted(options.items()))).encode(), digest_size=16)
     for entry in files:
         state.update(f"{entry.name}\0{entry.size}\0{entry.stamp}\n".encode("utf-8", "surrogateescape"))
@@ -129,8 +132,8 @@ def _listing_digest(chosen: Format, options: dict[str, Any], files: list[Entry])
 
 
 def described(listing: Listing) -> dict[str, Any]:
-    """The manifest's fields that say where the images lie."""
-    files = [] if listing.format == "folder" else listing.files
+    """Fields of a collection's manifest that say where its images lie."""
+    files = [] if FORMATS[listing.format].files_are_images else listing.files
     return {
         "uri": listing.uri,
         "base": listing.store.uri,

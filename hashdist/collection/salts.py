@@ -1,6 +1,5 @@
-"""Distinct ids: keys whose ids collide get salts (docs/decisions.md, S2)."""
+"""Rows of scanned units by id: salts of keys whose ids collide (docs/decisions.md, S2), partitions by id prefix."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,41 +9,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hashdist.collection.readers.reader import SCANNED
-from hashdist.ground.errors import InvalidInput
-from hashdist.ground.ids import assign_salts, image_id
+from hashdist.ground.ids import ID_BITS, image_id, salts_of
 from hashdist.store.commit import Artefact, read_table
 
 PARTITION_ROWS = 262_144
 """Rows per file of the listing, about: the number of files is a power of two."""
-ID_BITS = 63
+
 _PARTITIONS_AT_ONCE = 8
-EXAMPLES = 3
-
-
-def salts_of(ids: NDArray[np.int64], keys_at: Any, all_keys: Any) -> dict[str, int]:
-    """Salts that make the ids of all keys distinct (S2: on a collision the later key takes the next salt).
-
-    Args:
-        ids: of all rows, without salts.
-        keys_at: keys of the given rows.
-        all_keys: keys of all rows; asked for only when a salted id collides in its turn.
-
-    Raises InvalidInput if two rows have one key.
-    """
-    order = np.argsort(ids, kind="stable")
-    same = np.flatnonzero(np.diff(ids[order]) == 0)
-    if not len(same):
-        return {}
-    keys = keys_at(np.unique(order[np.concatenate([same, same + 1])]))
-    twice = [key for key, count in Counter(keys).items() if count > 1]
-    if twice:
-        raise InvalidInput(
-            f"every image must have its own key, found {len(twice)} keys more than once, among them "
-            f"{', '.join(map(repr, sorted(twice)[:EXAMPLES]))}; rename them, or choose another id column"
-        )
-    salts = assign_salts(keys)
-    salted = np.array([image_id(key, salt) for key, salt in salts.items()], np.int64)
-    return assign_salts(all_keys()) if np.isin(salted, ids).any() else salts
 
 
 def salts_of_units(
@@ -65,6 +36,11 @@ def salts_of_units(
             yield from column_of(target, unit, "key")
 
     return salts_of(np.concatenate([*ids, np.empty(0, np.int64)]), keys_at, all_keys)
+
+
+def prefix_bits(rows: int) -> int:
+    """Leading bits of an id that tell the file of its row, in a listing of this many rows."""
+    return ((max(rows, 1) - 1) // PARTITION_ROWS).bit_length()
 
 
 def partitions(

@@ -6,7 +6,6 @@ fixed-size lists, or fixed-size binary with `dtype` and `width` in the schema's 
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -20,15 +19,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.ids import assign_salts, image_ids
-from hashdist.ground.schema import OK, from_vectors, to_vectors, vector_schema
+from hashdist.ground.ids import image_ids, salts_of
+from hashdist.ground.schema import OK, UNUSABLE, from_vectors, to_vectors, vector_schema
 from hashdist.store import Entry, Store, open_store
 
 CHUNK_ROWS = 65_536
 """Rows per part at most."""
-
-UNUSABLE = "unusable"
-"""Status of a row whose vector is missing, not finite, or zero."""
 
 _KEYS = ("key", "id", "image_path")
 _VECTORS = ("feature", "embedding", "embeddings")
@@ -38,7 +34,7 @@ _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Source:
+class VectorSource:
     """What lies at a URI, by name; nothing has been read.
 
     Args:
@@ -65,7 +61,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class VectorPlan:
     """What is known of a source once footers, headers and keys have been read.
 
     Args:
@@ -76,20 +72,20 @@ class Plan:
         salts: of the keys whose ids collided.
     """
 
-    source: Source
+    source: VectorSource
     chunks: list[Chunk]
     width: int
     dtype: str
     salts: dict[str, int]
 
 
-def list_source(uri: str) -> Source:
+def list_source(uri: str) -> VectorSource:
     """List the files. Raises InvalidInput where there are none, or an .npy without its metadata."""
     store = open_store(uri)
     entries = {entry.name: entry for entry in store.list() if not _hidden(entry.name)}
     if not entries and uri.endswith(".parquet"):
-        folder, _, name = store.uri.rpartition("/")
-        store, where = open_store(folder), store.uri
+        where = store.uri
+        store, name = store.as_file()
         entries = {entry.name: entry for entry in store.list(name) if entry.name == name}
     else:
         where = store.uri
@@ -104,7 +100,7 @@ def list_source(uri: str) -> Source:
         )
     used = sorted([*files, *(entry for entry, _ in arrays)])
     digest = blake2b("\n".join(f"{e.name} {e.size} {e.stamp}" for e in used).encode(), digest_size=16).hexdigest()
-    return Source(where, store, files, [entry for entry, _ in arrays], digest)
+    return VectorSource(where, store, files, [entry for entry, _ in arrays], digest)
 
 
 def _hidden(name: str) -> bool:
@@ -119,7 +115,7 @@ def _metadata(array: Entry, found: re.Match[str], entries: Mapping[str, Entry], 
     return entries[name]
 
 
-def plan(source: Source) -> Plan:
+def plan(source: VectorSource) -> VectorPlan:
     """Read footers, headers and keys. Raises InvalidInput for files that do not fit, and for keys that repeat.
 
     Memory: ids and keys of all rows.
@@ -138,10 +134,10 @@ def plan(source: Source) -> Plan:
     ]
     if not chunks:
         raise InvalidInput(f"{source.uri}: at least one feature is required, found {len(source.files)} empty files")
-    return Plan(source, chunks, widths.pop(), dtype, _salts(source))
+    return VectorPlan(source, chunks, widths.pop(), dtype, _salts(source))
 
 
-def _salts(source: Source) -> dict[str, int]:
+def _salts(source: VectorSource) -> dict[str, int]:
     columns = []
     for number in range(len(source.files)):
         with _open(source, number) as file:
@@ -150,22 +146,16 @@ def _salts(source: Source) -> dict[str, int]:
     keys = pa.chunked_array(columns, pa.string())
     if keys.null_count:
         raise InvalidInput(f"{source.uri}: every row must have a key, found {keys.null_count} without one")
-    ids = image_ids(keys.to_pylist())
-    order = np.argsort(ids, kind="stable")
-    same = np.flatnonzero(np.diff(ids[order]) == 0)
-    if not len(same):
-        return {}
-    meeting = keys.take(pa.array(np.unique(order[np.concatenate([same, same + 1])]))).to_pylist()
-    twice = sorted(key for key, count in Counter(meeting).items() if count > 1)
-    if twice:
-        raise InvalidInput(
-            f"{source.uri}: every feature must have its own key, found {len(twice)} keys more than once, among them "
-            f"{', '.join(map(repr, twice[:_EXAMPLES]))}; remove the duplicates"
-        )
-    return assign_salts(keys.to_pylist())
+    return salts_of(
+        image_ids(keys.to_pylist()),
+        lambda rows: keys.take(pa.array(rows)).to_pylist(),
+        keys.to_pylist,
+        f"{source.uri}: every feature",
+        "remove the duplicates",
+    )
 
 
-def table(planned: Plan, number: int) -> pa.Table:
+def table(planned: VectorPlan, number: int) -> pa.Table:
     """The rows of a part, schema `vector_schema("feature", dtype, D)`; unusable vectors are null, with a reason."""
     chunk = planned.chunks[number]
     rows = _rows(planned.source, chunk)
@@ -215,7 +205,7 @@ def _labels(rows: pa.Table) -> pa.Array:
 # Files
 
 
-def _open(source: Source, number: int) -> pq.ParquetFile:
+def _open(source: VectorSource, number: int) -> pq.ParquetFile:
     filesystem, base = source.store.filesystem()
     entry = source.files[number]
     try:
@@ -224,7 +214,7 @@ def _open(source: Source, number: int) -> pq.ParquetFile:
         raise InvalidInput(f"{source.uri}: {entry.name} must be a parquet file, found {error}; repair it") from error
 
 
-def _key_column(schema: pa.Schema, source: Source, number: int) -> str:
+def _key_column(schema: pa.Schema, source: VectorSource, number: int) -> str:
     found = next((name for name in _KEYS if name in schema.names), None)
     if found is None:
         raise InvalidInput(
@@ -234,7 +224,7 @@ def _key_column(schema: pa.Schema, source: Source, number: int) -> str:
     return found
 
 
-def _vector_column(schema: pa.Schema, source: Source, number: int) -> pa.Field:
+def _vector_column(schema: pa.Schema, source: VectorSource, number: int) -> pa.Field:
     found = next((name for name in _VECTORS if name in schema.names), None)
     if found is None:
         raise InvalidInput(
@@ -244,7 +234,7 @@ def _vector_column(schema: pa.Schema, source: Source, number: int) -> pa.Field:
     return schema.field(found)
 
 
-def _shape(source: Source, number: int) -> tuple[int, int, str]:
+def _shape(source: VectorSource, number: int) -> tuple[int, int, str]:
     """Rows, width and dtype of one file."""
     with _open(source, number) as file:
         rows, schema = file.metadata.num_rows, file.schema_arrow
@@ -290,7 +280,7 @@ def _first_width(file: pq.ParquetFile, column: str) -> int:
     return 0
 
 
-def _rows(source: Source, chunk: Chunk) -> pa.Table:
+def _rows(source: VectorSource, chunk: Chunk) -> pa.Table:
     """Rows of a chunk, without what is not needed."""
     with _open(source, chunk.file) as file:
         schema = file.schema_arrow
@@ -322,7 +312,7 @@ def _span(file: pq.ParquetFile, columns: Sequence[str], start: int, stop: int) -
         first += len(batch)
 
 
-def _vectors(rows: pa.Table, planned: Plan, chunk: Chunk) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _vectors(rows: pa.Table, planned: VectorPlan, chunk: Chunk) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Vectors [n, D] and which rows have none, of a parquet column."""
     source = planned.source
     field = _vector_column(rows.schema, source, chunk.file)
@@ -344,7 +334,7 @@ def _vectors(rows: pa.Table, planned: Plan, chunk: Chunk) -> tuple[NDArray[Any],
     return vectors_ND, ~present_N
 
 
-def _npy_header(source: Source, number: int) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+def _npy_header(source: VectorSource, number: int) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     entry = source.arrays[number]
     head = BytesIO(source.store.get(entry.name, 0, _HEADER_BYTES))
     try:
@@ -356,7 +346,7 @@ def _npy_header(source: Source, number: int) -> tuple[tuple[int, ...], bool, np.
     return shape, fortran, dtype, head.tell()
 
 
-def _npy_shape(source: Source, number: int, rows: int) -> tuple[int, int, str]:
+def _npy_shape(source: VectorSource, number: int, rows: int) -> tuple[int, int, str]:
     shape, fortran, dtype, start = _npy_header(source, number)
     entry = source.arrays[number]
     if len(shape) != 2 or shape[0] != rows or fortran or dtype.kind != "f":
@@ -369,7 +359,7 @@ def _npy_shape(source: Source, number: int, rows: int) -> tuple[int, int, str]:
     return rows, shape[1], "float16" if dtype.itemsize == 2 else "float32"
 
 
-def _from_npy(source: Source, chunk: Chunk) -> NDArray[Any]:
+def _from_npy(source: VectorSource, chunk: Chunk) -> NDArray[Any]:
     shape, _, dtype, start = _npy_header(source, chunk.file)
     row_bytes = dtype.itemsize * shape[1]
     name = source.arrays[chunk.file].name

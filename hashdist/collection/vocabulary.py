@@ -21,12 +21,12 @@ class Labels(NamedTuple):
 def label_numbers(reader: Reader, units: Sequence[Mapping[str, Any]]) -> Labels:
     """Numbers for the labels that a scan has found: in the order of their names, over the whole collection.
 
-    Names that the source's own metadata numbers keep those numbers; the texts in a tar that are all numbers are
-    those numbers, since a tar has no other way to give any.
+    Names that the source's own metadata numbers keep those numbers; texts that are all digits are those numbers where
+    the format has no other way to give any.
     """
     names = sorted({name for unit in units for name in unit["names"]})
     classes = reader.classes()
-    if reader.format == "webdataset" and all(name.isdecimal() for name in names):
+    if reader.digits_are_numbers and all(name.isdecimal() for name in names):
         return Labels({name: int(name) for name in names}, classes)
     if set(names) <= set(classes):
         return Labels({name: classes.index(name) for name in names}, classes)
@@ -41,7 +41,7 @@ def extended(vocabulary: Mapping[str, int], names: Iterable[str], reader: Reader
     if not vocabulary:
         return label_numbers(reader, [{"names": list(names)}]).vocabulary
     new = sorted(set(names) - vocabulary.keys())
-    if reader.format == "webdataset" and all(name.isdecimal() for name in [*vocabulary, *new]):
+    if reader.digits_are_numbers and all(name.isdecimal() for name in [*vocabulary, *new]):
         return {**vocabulary, **{name: int(name) for name in new}}
     return {**vocabulary, **{name: number for number, name in enumerate(new, max(vocabulary.values()) + 1)}}
 

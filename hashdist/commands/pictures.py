@@ -9,9 +9,6 @@ from hashdist.collection.collection import Collection, open_collection
 from hashdist.collection.decode import BadImage, decode
 from hashdist.ground.errors import NotFound
 from hashdist.index import Index
-from hashdist.store.base import joined
-
-# Pictures
 
 
 def open_pictures(index: Index) -> Collection | None:
@@ -25,12 +22,8 @@ def open_pictures(index: Index) -> Collection | None:
 
 
 def picture_uri(collection: Collection | None, key: str) -> str | None:
-    """Where a picture lies: FOLDER/KEY, or URI#KEY of a collection in parquet or tar files."""
-    if collection is None:
-        return None
-    manifest = collection.artefact.manifest()
-    folder = manifest["format"] == "folder"
-    return joined(manifest["base"], key) if folder else f"{manifest['uri']}#{key}"
+    """Where the picture of a key lies; None where the collection is not known."""
+    return None if collection is None else collection.picture_uri(key)
 
 
 def picture_tag(data: bytes | None, side: int = 96) -> str:

@@ -4,14 +4,20 @@ An id is stable under growth and independent of arrival order and sharding, and 
 as the pseudo-random order that breaks ties between equal distances.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hashdist.ground.errors import InvalidInput
+
+ID_BITS = 63
+
+_EXAMPLES = 3
 _DOMAIN = b"hashdist image id 1"
-_MASK = (1 << 63) - 1
+_MASK = (1 << ID_BITS) - 1
 
 
 def image_id(key: str, salt: int = 0) -> int:
@@ -41,3 +47,53 @@ def assign_salts(keys: Iterable[str]) -> dict[str, int]:
         if salt:
             salts[key] = salt
     return salts
+
+
+def rows_of_shared_ids(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows whose id another row has too, ascending: the same key twice, or two keys that collide."""
+    order = np.argsort(ids, kind="stable")
+    same = np.flatnonzero(np.diff(ids[order]) == 0)
+    return np.unique(order[np.concatenate([same, same + 1])])
+
+
+def require_distinct_keys(keys: Iterable[str], *message: str) -> None:
+    """Raises InvalidInput where a key is there more than once; `message`: see `repeated_keys`."""
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise repeated_keys(twice, *message)
+
+
+def repeated_keys(
+    keys: Sequence[str], subject: str = "every image", advice: str = "rename them, or choose another id column"
+) -> InvalidInput:
+    """The error about keys that are there more than once; `subject` begins its sentence, `advice` ends it."""
+    return InvalidInput(
+        f"{subject} must have its own key, found {len(keys)} keys more than once, among them "
+        f"{', '.join(map(repr, sorted(keys)[:_EXAMPLES]))}; {advice}"
+    )
+
+
+def salts_of(
+    ids: NDArray[np.int64],
+    keys_at: Callable[[NDArray[np.int64]], Sequence[str]],
+    all_keys: Callable[[], Iterable[str]],
+    *message: str,
+) -> dict[str, int]:
+    """Salts that make the ids of all keys distinct (S2: on a collision the later key takes the next salt).
+
+    Args:
+        ids: of all rows, without salts, int64 [N].
+        keys_at: keys of the given rows.
+        all_keys: keys of all rows; asked for only when a salted id collides in its turn.
+        message: see `repeated_keys`.
+
+    Raises InvalidInput if two rows have one key.
+    """
+    rows = rows_of_shared_ids(ids)
+    if not len(rows):
+        return {}
+    keys = keys_at(rows)
+    require_distinct_keys(keys, *message)
+    salts = assign_salts(keys)
+    salted = np.array([image_id(key, salt) for key, salt in salts.items()], np.int64)
+    return assign_salts(all_keys()) if np.isin(salted, ids).any() else salts

@@ -19,6 +19,12 @@ FORMAT_VERSION = 1
 OK = "ok"
 """Status of a row that has its feature or code; any other status comes with a reason and a null vector."""
 
+UNREADABLE = "unreadable"
+"""Status of a row whose image could not be read."""
+
+UNUSABLE = "unusable"
+"""Status of a row whose vector is missing, not finite, or zero."""
+
 ROW = [
     pa.field("id", pa.int64(), nullable=False),
     pa.field("key", pa.string(), nullable=False),
@@ -34,7 +40,7 @@ LISTING = pa.schema(
         pa.field("stamp", pa.string()),  # ETag, or mtime in ns: changes when the content may have changed
         pa.field("source", pa.int32(), nullable=False),  # which file of the manifest's "sources"; folder: always 0
         pa.field("position", pa.int64(), nullable=False),  # row or member within that file; folder: 0
-        pa.field("status", pa.string(), nullable=False),  # OK, or "unreadable"
+        pa.field("status", pa.string(), nullable=False),  # OK or UNREADABLE
         pa.field("reason", pa.string()),
     ]
 )
@@ -89,7 +95,11 @@ def from_vectors(column: pa.ChunkedArray, schema: pa.Schema) -> NDArray[np.gener
     return out
 
 
+def slug(reason: str | None) -> str:
+    """The kind of a failure: the word of its reason that stands before the colon."""
+    return str(reason).partition(":")[0]
+
+
 def failures(table: pa.Table) -> Counter[str]:
-    """How many rows of a table failed, by reason: what stands before the colon."""
-    said = table.filter(pc.not_equal(table["status"], OK))["reason"].to_pylist()
-    return Counter(str(reason).partition(":")[0] for reason in said)
+    """How many rows of a table failed, by the kind of failure."""
+    return Counter(map(slug, table.filter(pc.not_equal(table["status"], OK))["reason"].to_pylist()))

@@ -20,7 +20,8 @@ class CollectionSettings:
 
     Args:
         uri: a folder, a parquet file or folder, or a tar file or folder of tars; a path, file:// or s3://.
-        format: how to read it; auto looks at the file names.
+        format: folder, parquet or webdataset, or another one of hashdist/collection/readers; auto looks at the file
+            names.
         labels: read labels: the subfolder of a folder tree, or the column `label` or `labels` of parquet, or
             the .cls member of a WebDataset sample.
         id_column: parquet column that holds the key of an image.
@@ -30,7 +31,7 @@ class CollectionSettings:
     """
 
     uri: str = ""
-    format: Literal["auto", "folder", "parquet", "webdataset"] = "auto"
+    format: str = "auto"
     labels: bool = True
     id_column: str = "id"
     image_column: str = "image"

@@ -21,15 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hashdist.ground.errors import InvalidInput
+from hashdist.ground.ids import ID_BITS, repeated_keys, require_distinct_keys, rows_of_shared_ids
 from hashdist.ground.schema import OK
 
 IN_MEMORY = 1 << 18
 """Rows up to which a side is one partition."""
 
 PARTITIONS = 256
-_ID_BITS = 63
-_SHOWN = 3
 
 Indexed = Callable[[int, int], pa.Table]
 """Rows with first <= id <= last: their id, key and what more is asked for."""
@@ -115,7 +113,7 @@ class Spill:
 def partition_of(rows: pa.Table, partitions: int) -> NDArray[np.int64]:
     """The partition of every row, int64 [N]: the leading bits of its id."""
     ids: NDArray[np.int64] = rows["id"].to_numpy()
-    return ids >> (_ID_BITS - (partitions - 1).bit_length())
+    return ids >> (ID_BITS - (partitions - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def difference(
     parts = _Parts()
     partitions = PARTITIONS if listed.spilt or rows > IN_MEMORY else 1
     for number in range(partitions):
-        width = (1 << _ID_BITS) // partitions
+        width = (1 << ID_BITS) // partitions
         span = number * width, (number + 1) * width - 1
         here = listed.partition(number, partitions)
         _require_distinct(here)
@@ -227,7 +225,7 @@ def _remove(parts: _Parts, indexed: pa.Table, matched: NDArray[np.int64], notes:
         parts.unchanged += int((gone & kept).sum())
         twice = indexed["key"].filter(pa.array(~gone & kept)).to_pylist()
         if twice:
-            raise _twice(twice)
+            raise repeated_keys(twice)
         gone &= ~kept
     if sources:
         bad = _is_in(notes["stamp"], pa.array(sorted(sources), pa.string())) & ~_equal(notes["status"], pa.scalar(OK))
@@ -272,19 +270,5 @@ def _beside(rows: pa.Table, digests: pa.ChunkedArray | pa.Array) -> pa.Table:
 
 
 def _require_distinct(listed: pa.Table) -> None:
-    ids = listed["id"].to_numpy()
-    order = np.argsort(ids, kind="stable")
-    same = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    if len(same):
-        keys = listed["key"].take(pa.array(np.unique(order[np.concatenate([same, same + 1])]))).to_pylist()
-        twice = [key for key in set(keys) if keys.count(key) > 1]
-        if twice:
-            raise _twice(twice)
-
-
-def _twice(keys: list[str]) -> InvalidInput:
-    shown = ", ".join(map(repr, sorted(keys)[:_SHOWN]))
-    return InvalidInput(
-        f"every image must have its own key, found {len(keys)} keys more than once, among them {shown}; rename them, "
-        "or choose another id column"
-    )
+    rows = rows_of_shared_ids(listed["id"].to_numpy())
+    require_distinct_keys(listed["key"].take(pa.array(rows)).to_pylist())

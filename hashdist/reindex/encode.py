@@ -10,10 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hashdist.collection.readers.folder import FolderReader
-from hashdist.collection.readers.reader import SCANNED, UNREADABLE, Lost, Reader, content_digest
-from hashdist.collection.vectors import UNUSABLE
-from hashdist.ground.schema import OK
+from hashdist.collection.readers.reader import SCANNED, Lost, Reader, content_digest
+from hashdist.ground.schema import OK, UNREADABLE, UNUSABLE, slug
 from hashdist.reindex.difference import Difference
 
 if TYPE_CHECKING:  # brings torch with it, which a listing does without
@@ -65,9 +63,9 @@ class Outcome:
 
     def bad(self, row: Row, digest: str | None, reason: str) -> None:
         """An image that no code can be made of."""
-        slug = reason.partition(":")[0]
-        self.failed[slug] += 1
-        self._note(row, digest, UNUSABLE if slug == _NOT_FINITE else UNREADABLE, reason)
+        kind = slug(reason)
+        self.failed[kind] += 1
+        self._note(row, digest, UNUSABLE if kind == _NOT_FINITE else UNREADABLE, reason)
 
     def _note(self, row: Row, digest: str | None, status: str, reason: str | None) -> None:
         about = {name: row[name] for name in ("id", "key", "size", "stamp")}
@@ -105,7 +103,7 @@ def pictures(found: Found, rows: pa.Table, outcome: Outcome) -> Iterator[tuple[R
     reader = found.reader() if len(rows) else None
     for start in range(0, len(rows), AT_ONCE):
         some = rows.slice(start, AT_ONCE)
-        read = _by_key(reader, some) if isinstance(reader, FolderReader) else _from_files(reader, some)
+        read = _by_key(reader, some) if reader and reader.files_are_images else _from_files(reader, some)
         for row, data in read:
             if isinstance(data, Lost):
                 outcome.bad(row, None, data.reason)
@@ -117,10 +115,9 @@ def pictures(found: Found, rows: pa.Table, outcome: Outcome) -> Iterator[tuple[R
                 yield {**row, "digest": digest}, data
 
 
-def _by_key(reader: FolderReader, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
-    for row, (_, data) in zip(rows.to_pylist(), reader.read_keys(rows["key"].to_pylist()), strict=True):
-        folder, slash, _ = row["key"].partition("/")
-        yield {**row, "names": [folder] if reader.labels and slash else None, "labels": None}, data
+def _by_key(reader: Reader, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
+    for row, image in zip(rows.to_pylist(), reader.read_keys(rows["key"].to_pylist()), strict=True):
+        yield {**row, "names": image.more.get("names"), "labels": image.more.get("labels")}, image.data
 
 
 def _from_files(reader: Reader | None, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
@@ -168,7 +165,7 @@ def estimate(found: Found, images_per_s: float | None = None) -> dict[str, Any]:
         "removed": len(change.removed),
         "unchanged": change.unchanged,
         "read_bytes": sum(int(pc.sum(rows["size"]).as_py() or 0) for rows in (change.new, change.touched)),
-        "get_requests": look if found.format == "folder" else len(found.files),
+        "get_requests": look if found.files_are_images else len(found.files),
         "put_requests": files,
         "images_per_s": round(images_per_s, 1) if images_per_s else None,
         "seconds": round(look / images_per_s, 6) if images_per_s else None,

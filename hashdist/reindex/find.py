@@ -24,9 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hashdist.collection.collection import KIND, Plan
+from hashdist.collection.collection import KIND, ScanPlan
 from hashdist.collection.listing import (
-    Format,
     Listing,
     chosen_format,
     kinds_of,
@@ -34,15 +33,13 @@ from hashdist.collection.listing import (
     reading_options,
     split_file,
 )
-from hashdist.collection.readers.folder import FolderReader
-from hashdist.collection.readers.parquet import ParquetReader
+from hashdist.collection.readers import FORMATS
 from hashdist.collection.readers.reader import (
     SCANNED,
     Reader,
     is_hidden,
     source_stamp,
 )
-from hashdist.collection.readers.tar import TarReader
 from hashdist.collection.salts import salted
 from hashdist.ground.errors import HashdistError, InvalidInput
 from hashdist.ground.options import ReindexOptions
@@ -62,6 +59,7 @@ if TYPE_CHECKING:  # brings torch with it, which a listing does without
     pass
 from hashdist.reindex.costs import AT_ONCE, Costs
 
+_IMAGES = "folder"  # the format whose keys a list of changes names
 KNOWN = pa.schema([("digest", pa.string()), ("size", pa.int64()), ("stamp", pa.string())])
 """What of it a re-index compares."""
 _SAMPLED_KEYS = 4096
@@ -87,7 +85,7 @@ class Found:
     """
 
     uri: str
-    format: Format
+    format: str
     store: Store
     files: list[Entry]
     sources: list[str]
@@ -96,13 +94,14 @@ class Found:
     change: Difference
     time: float
 
+    @property
+    def files_are_images(self) -> bool:
+        """Whether each file is one image."""
+        return FORMATS[self.format].files_are_images
+
     def reader(self) -> Reader:
-        """Of the images to be read."""
-        if self.format == "folder":
-            return FolderReader(self.store, SCANNED.empty_table(), self.options["labels"])
-        if self.format == "parquet":
-            return ParquetReader.open(self.store, self.files, **self.options)
-        return TarReader(self.store, self.files, self.options["labels"])
+        """Of the opened files; where files are images, of any image by its key."""
+        return FORMATS[self.format].open(self.store, self.files, **self.options)
 
     def listing(self, rows: pa.Table) -> Listing:
         """These images, or the opened files that they are in, as a listing of their own."""
@@ -111,13 +110,18 @@ class Found:
             state.update("\0".join(map(str, rows[name].to_pylist())).encode())
         return Listing(self.uri, self.format, self.store, self.files, self.options, state.hexdigest())
 
-    def plan(self, rows: pa.Table, part_rows: int, salts: Mapping[str, int]) -> Plan:
+    def plan(self, rows: pa.Table, part_rows: int, salts: Mapping[str, int]) -> ScanPlan:
         """How the stages read these images, or the opened files that they are in."""
-        reader = self.reader()
-        if isinstance(reader, FolderReader):
-            reader = replace(reader, rows=rows.select(LISTED.names).sort_by("id"))
+        found = replace(self, files=_entries(rows)) if self.files_are_images else self
+        reader = found.reader()
         mine = set(rows["key"].to_pylist()) & salts.keys()
-        return Plan(reader, reader.units(part_rows), {key: salts[key] for key in mine})
+        return ScanPlan(reader, reader.units(part_rows), {key: salts[key] for key in mine})
+
+
+def _entries(rows: pa.Table) -> list[Entry]:
+    """Images that were listed, as the entries of a listing."""
+    columns = (rows[name].to_pylist() for name in ("key", "size", "stamp"))
+    return [Entry(key, size, stamp, 0.0) for key, size, stamp in zip(*columns, strict=True)]
 
 
 def find(settings: Settings, index: Index, options: ReindexOptions, costs: Costs) -> Found:
@@ -136,7 +140,7 @@ def find(settings: Settings, index: Index, options: ReindexOptions, costs: Costs
     with Spill(LISTED) as images:
         with costs.of("listing"):
             listing = _list(settings.collection, options, view, images)
-        if listing.format != "folder":
+        if not listing.files_are_images:
             return _find_in_files(listing, view, options, costs)
         with costs.of("diff"):
             change = _difference(images, view, retry_failed=options.retry_failed)
@@ -151,7 +155,7 @@ def _list(settings: CollectionSettings, options: ReindexOptions, view: View, ima
         started, blocks = _newer(report.time, view, options.inventory) or started, report.blocks
     else:
         blocks = inventory.listed(store, _sample(view))
-    names = _sort_out(blocks, images, view.salts)
+    names = _sort_out(blocks, images, view.salts, settings.format)
     uri = store.uri
     folder, name = split_file(store)
     if name and not names.counts and not names.others:
@@ -181,7 +185,7 @@ def _find_in_files(listing: Found, view: View, options: ReindexOptions, costs: C
 def _find_changes(settings: Settings, view: View, options: ReindexOptions, costs: Costs) -> Found:
     """As `find`, for the images that a list of changes names; about others nothing is asked."""
     store, started = named_store(settings.collection), time.time()
-    if settings.collection.format not in ("auto", "folder") or _format_of(view) not in (None, "folder"):
+    if settings.collection.format not in ("auto", _IMAGES) or _format_of(view) not in (None, _IMAGES):
         raise InvalidInput(
             "a list of changes names images, so the collection must be a folder of them; parquet files and tars are "
             "compared file by file, leave out --changes"
@@ -189,14 +193,14 @@ def _find_changes(settings: Settings, view: View, options: ReindexOptions, costs
     with Spill(LISTED) as images:
         with costs.of("listing"):
             changes = inventory.read_changes(options.changes)
-            put = [key for key in changes.put if kinds_of([Entry(key, 0, "", 0.0)])["folder"] and not is_hidden(key)]
+            put = [key for key in changes.put if kinds_of([Entry(key, 0, "", 0.0)])[_IMAGES] and not is_hidden(key)]
             for block in inventory.looked_up(store, put):
                 images.add(inventory.table(block, view.salts))
         with costs.of("diff"):
             indexed = _rows_of(view, [*put, *changes.deleted])
             change = _difference(images, view, indexed=indexed, retry_failed=options.retry_failed)
-    reading = reading_options(settings.collection, "folder")
-    return Found(store.uri, "folder", store, [], [], reading, images.rows, change, started)
+    reading = reading_options(settings.collection, _IMAGES)
+    return Found(store.uri, _IMAGES, store, [], [], reading, images.rows, change, started)
 
 
 def _rows_of(view: View, keys: list[str]) -> pa.Table:
@@ -228,26 +232,27 @@ _NOTHING = Difference(SCANNED.empty_table(), SCANNED.empty_table(), [], 0, 0)
 class _Names:
     """A listing, sorted out by format: counts of all, and the files that are not images themselves."""
 
-    counts: Counter[Format] = field(default_factory=Counter)
-    files: dict[Format, list[Entry]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    files: dict[str, list[Entry]] = field(default_factory=dict)
     others: list[Entry] = field(default_factory=list)
 
-    def take(self, kinds: Mapping[Format, list[Entry]]) -> None:
+    def take(self, kinds: Mapping[str, list[Entry]]) -> None:
         for kind, entries in kinds.items():
             self.counts[kind] += len(entries)
-            if kind != "folder":
+            if not FORMATS[kind].files_are_images:
                 self.files.setdefault(kind, []).extend(entries)
 
 
-def _sort_out(blocks: Iterable[list[Entry]], images: Spill, salts: Mapping[str, int]) -> _Names:
+def _sort_out(blocks: Iterable[list[Entry]], images: Spill, salts: Mapping[str, int], wanted: str) -> _Names:
     """Image files into `images`, the rest into what is returned; hidden files nowhere."""
     names = _Names()
     for block in blocks:
         plain = [entry for entry in block if not is_hidden(entry.name)]
         kinds = kinds_of(plain)
         names.take(kinds)
-        if kinds["folder"]:
-            images.add(inventory.table(kinds["folder"], salts))
+        for kind, entries in kinds.items():
+            if entries and FORMATS[kind].files_are_images and wanted in ("auto", kind):
+                images.add(inventory.table(entries, salts))
         names.others = names.others or plain[:100]
     return names
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hashdist.collection.collection import KIND, REVISION, Plan, assemble, plan, write_unit
+from hashdist.collection.collection import KIND, REVISION, ScanPlan, assemble, plan, write_unit
 from hashdist.collection.listing import Listing, described, list_collection
 from hashdist.collection.vocabulary import extended, label_numbers
 from hashdist.ground import telemetry
@@ -41,7 +41,7 @@ class Scan:
     """Work of one task: read the images of a unit and write its rows."""
 
     target: Artefact
-    plan: Plan
+    plan: ScanPlan
     part_rows: int
 
     def __call__(self, number: int) -> dict[str, Any]:
@@ -74,7 +74,11 @@ def run(settings: Settings, listing: Listing | None = None) -> dict[str, Any]:
 
 
 def commit_plan(
-    settings: Settings, target: Artefact, planned: Plan, listing: Listing, vocabulary: Mapping[str, int] | None = None
+    settings: Settings,
+    target: Artefact,
+    planned: ScanPlan,
+    listing: Listing,
+    vocabulary: Mapping[str, int] | None = None,
 ) -> None:
     """Scan what a plan says, part by part, and commit it as `target`.
 

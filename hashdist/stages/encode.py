@@ -17,12 +17,10 @@ from numpy.typing import NDArray
 from hashdist.collection.collection import Collection
 from hashdist.collection.collection import Image as Listed
 from hashdist.collection.decode import BadImage
-from hashdist.collection.readers.reader import UNREADABLE
-from hashdist.collection.vectors import UNUSABLE
 from hashdist.ground import telemetry
 from hashdist.ground.bits import BIT_ORDER
 from hashdist.ground.errors import InvalidInput
-from hashdist.ground.schema import OK, failures, from_vectors, to_vectors, vector_schema
+from hashdist.ground.schema import OK, UNREADABLE, UNUSABLE, failures, from_vectors, to_vectors, vector_schema
 from hashdist.ground.settings import Settings
 from hashdist.models.model import NOT_FINITE, Model, check_features, load_model
 from hashdist.stages import artefacts

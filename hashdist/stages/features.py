@@ -31,7 +31,7 @@ from hashdist.collection.decode import BadImage, decode
 from hashdist.ground import errors, telemetry
 from hashdist.ground.errors import HashdistError, InvalidInput, NotFound
 from hashdist.ground.progress import Progress, say
-from hashdist.ground.schema import OK, failures, to_vectors, vector_schema
+from hashdist.ground.schema import OK, UNREADABLE, UNUSABLE, failures, to_vectors, vector_schema
 from hashdist.ground.settings import FeatureSettings, Settings
 from hashdist.ground.threads import in_order
 from hashdist.models.backbones import Backbone, build_backbone
@@ -58,7 +58,6 @@ PLAN = "plan.json"
 _SHARED = ("precision", "batch", "dtype", "width", "weights_digest")
 """Of a backbone's spec: what must be the same in all parts."""
 
-UNREADABLE = "unreadable"
 _BLOCKS = 4096  # of parts, at most: each costs the driver a task
 _DECODE_THREADS = 16  # per GPU at most
 
@@ -391,7 +390,7 @@ def _table(rows: Sequence[Image], reasons: Sequence[str | None], features_ND: ND
     status = [UNREADABLE if reason else OK for reason in reasons]
     said = list(reasons)
     for row in np.flatnonzero(~np.isfinite(features_ND).all(1)):
-        status[row] = vectors.UNUSABLE
+        status[row] = UNUSABLE
         said[row] = f"not-finite: the feature does not fit into {features_ND.dtype.name}"
     present_N = np.array([s == OK for s in status], np.bool_)
     schema = vector_schema("feature", features_ND.dtype.name, features_ND.shape[1])
@@ -422,7 +421,7 @@ class _TakeOver:
     """Work of one task: a run of rows of the user's features as a part of ours."""
 
     target: Artefact
-    planned: vectors.Plan
+    planned: vectors.VectorPlan
 
     def __call__(self, part: int) -> dict[str, Any]:
         """Write part `part`; returns its record."""

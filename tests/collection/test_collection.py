@@ -13,14 +13,20 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Picture
 
-from hashdist.collection import collection as collection_module
-from hashdist.collection import listing as listing_module
-from hashdist.collection import salts as salts_module
-from hashdist.collection import vocabulary
-from hashdist.collection.collection import Collection, Image, subset
-from hashdist.collection.listing import list_collection
-from hashdist.collection.readers import reader
+from hashdist.collection import salts as salting
+from hashdist.collection.collection import (
+    Collection,
+    Image,
+    assemble,
+    open_collection,
+    plan,
+    subset,
+    write_unit,
+)
+from hashdist.collection.listing import described, list_collection
+from hashdist.collection.readers import tar
 from hashdist.collection.readers.reader import content_digest
+from hashdist.collection.vocabulary import label_numbers
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ids import image_id
 from hashdist.ground.schema import LISTING, OK
@@ -41,14 +47,11 @@ def commit(root: str, settings: CollectionSettings) -> Artefact:
     target = artefact(
         open_store(root), "collections", inputs={"l": listing.digest}, settings={"rows": settings.part_rows}, revision=1
     )
-    planned = collection_module.plan(listing, settings.part_rows)
-    units = [
-        collection_module.write_unit(target, unit, planned.reader.scan(unit), settings.part_rows)
-        for unit in planned.units
-    ]
-    labels = vocabulary.label_numbers(planned.reader, units)
-    fields = collection_module.assemble(target, units, salts=planned.salts, labels=labels, part_rows=settings.part_rows)
-    target.publish({**listing_module.described(listing), **fields, "settings": settings.identity()})
+    planned = plan(listing, settings.part_rows)
+    units = [write_unit(target, unit, planned.reader.scan(unit), settings.part_rows) for unit in planned.units]
+    labels = label_numbers(planned.reader, units)
+    fields = assemble(target, units, salts=planned.salts, labels=labels, part_rows=settings.part_rows)
+    target.publish({**described(listing), **fields, "settings": settings.identity()})
     return target
 
 
@@ -167,8 +170,8 @@ def test_partitions_hold_one_id_prefix_each(
 ) -> None:
     uri = WRITERS[form](tmp_path / "in", images)
     whole = commit(str(tmp_path / "one"), CollectionSettings(uri=uri, part_rows=4))
-    monkeypatch.setattr(salts_module, "PARTITION_ROWS", 2)
-    monkeypatch.setattr(salts_module, "_PARTITIONS_AT_ONCE", 3)
+    monkeypatch.setattr(salting, "PARTITION_ROWS", 2)
+    monkeypatch.setattr(salting, "_PARTITIONS_AT_ONCE", 3)
     target = commit(str(tmp_path / "many"), CollectionSettings(uri=uri, part_rows=4))
     manifest = target.manifest()
     assert (manifest["prefix_bits"], len(manifest["files"])) == (4, 16)
@@ -185,13 +188,8 @@ def test_colliding_ids_get_salts_everywhere(
     def few_ids(key: str, salt: int = 0) -> int:
         return image_id(key, salt) % 60
 
-    def many(keys: list[str], salts: dict[str, int] | None = None) -> Any:
-        return np.array([few_ids(key, (salts or {}).get(key, 0)) for key in keys], np.int64)
-
-    monkeypatch.setattr(collection_module, "image_id", few_ids)
-    monkeypatch.setattr(collection_module, "image_ids", many)
-    monkeypatch.setattr(reader, "image_id", few_ids)
-    monkeypatch.setattr("hashdist.ground.ids.image_id", few_ids)
+    for module in ("ground.ids", "collection.collection", "collection.salts", "collection.readers.reader"):
+        monkeypatch.setattr(f"hashdist.{module}.image_id", few_ids)
     uri = WRITERS[form](tmp_path / "in", images)
     target = commit(str(tmp_path / "root"), CollectionSettings(uri=uri, part_rows=4))
     salts = target.manifest()["salts"]
@@ -218,10 +216,10 @@ def test_duplicate_keys_are_refused(form: str, images: dict[str, tuple[bytes, st
 def test_single_images_are_fetched_by_key(
     form: str, images: dict[str, tuple[bytes, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(salts_module, "PARTITION_ROWS", 4)
+    monkeypatch.setattr(salting, "PARTITION_ROWS", 4)
     uri = WRITERS[form](tmp_path / "in", images)
     target = commit(str(tmp_path / "root"), CollectionSettings(uri=uri, part_rows=4))
-    collection = collection_module.open_collection(target.uri)
+    collection = open_collection(target.uri)
     wanted = {expected_key(form, key, label): data for key, (data, label) in list(images.items())[3:20:5]}
     assert collection.fetch(wanted) == wanted
     assert collection.fetch([*wanted, "no such key"]) == wanted
@@ -311,12 +309,12 @@ def test_vanished_changed_and_unreadable_files_are_rows_with_a_reason(tmp_path: 
         (base / f"{number}.jpg").write_bytes(jpeg(number))
     listing = list_collection(CollectionSettings(uri=str(base)))
     (base / "0.jpg").unlink()
-    planned = collection_module.plan(listing, 10)
+    planned = plan(listing, 10)
     target = artefact(open_store(str(tmp_path / "root")), "collections", inputs={}, settings={}, revision=1)
-    units = [collection_module.write_unit(target, unit, planned.reader.scan(unit), 10) for unit in planned.units]
-    labels = vocabulary.label_numbers(planned.reader, units)
-    fields = collection_module.assemble(target, units, salts={}, labels=labels, part_rows=10)
-    manifest = target.publish({**listing_module.described(listing), **fields})
+    units = [write_unit(target, unit, planned.reader.scan(unit), 10) for unit in planned.units]
+    labels = label_numbers(planned.reader, units)
+    fields = assemble(target, units, salts={}, labels=labels, part_rows=10)
+    manifest = target.publish({**described(listing), **fields})
     assert (manifest["rows"], manifest["failed"], manifest["unreadable"]) == (4, 1, {"vanished": 1})
     (base / "1.jpg").write_bytes(jpeg(99))
     (base / "2.jpg").unlink()
@@ -508,12 +506,12 @@ def test_a_truncated_tar_is_named(images: dict[str, tuple[bytes, str]], tmp_path
 
 def test_neighbouring_images_are_read_together() -> None:
     megabyte = 1 << 20
-    assert reader._together([0], [5]) == [(0, 0)]
-    assert reader._together([0, 10, 20], [5, 5, 5]) == [(0, 2)]
-    assert reader._together([0, 10, 10 * megabyte], [5, 5, 5]) == [(0, 1), (2, 2)]
+    assert tar.spans([0], [5]) == [(0, 0)]
+    assert tar.spans([0, 10, 20], [5, 5, 5]) == [(0, 2)]
+    assert tar.spans([0, 10, 10 * megabyte], [5, 5, 5]) == [(0, 1), (2, 2)]
     many = [index * megabyte for index in range(20)]
-    assert reader._together(many, [megabyte] * 20) == [(0, 7), (8, 15), (16, 19)]
-    assert reader._together([0, 99 * megabyte], [99 * megabyte, 3]) == [(0, 0), (1, 1)]
+    assert tar.spans(many, [megabyte] * 20) == [(0, 7), (8, 15), (16, 19)]
+    assert tar.spans([0, 99 * megabyte], [99 * megabyte, 3]) == [(0, 0), (1, 1)]
 
 
 # Both stores

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, ClassVar
 
@@ -15,17 +15,17 @@ import pyarrow.parquet as pq
 from hashdist.collection.readers.reader import (
     REMOTE_READS,
     SPAN_BYTES,
-    UNIT_ROWS,
-    Found,
     Lost,
+    RawImage,
     Reader,
     Unit,
-    label_columns,
     require_unchanged,
     source_stamp,
 )
 from hashdist.ground.errors import InvalidInput
 from hashdist.store import Entry, Store
+
+_UNIT_ROWS = 16_384  # at least, but for the last unit of a file
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class ParquetReader(Reader):
     """
 
     format: ClassVar[str] = "parquet"
+    plural: ClassVar[str] = "parquet files"
+    extensions: ClassVar[frozenset[str]] = frozenset({".parquet"})
+    options: ClassVar[tuple[str, ...]] = ("labels", "id_column", "image_column")
 
     store: Store
     files: list[Entry]
@@ -53,16 +56,20 @@ class ParquetReader(Reader):
     names: list[str] = field(default_factory=list)
 
     @classmethod
-    def open(cls, store: Store, files: list[Entry], id_column: str, image_column: str, labels: bool) -> "ParquetReader":
-        """Read the footers. Raises InvalidInput for a file that is not parquet or lacks a column."""
-        reader = cls(store, files, id_column, image_column, labels)
+    def open(cls, store: Store, files: list[Entry], **options: Any) -> "ParquetReader":
+        """See Reader. Reads the footers. Raises InvalidInput for a file that is not parquet or lacks a column."""
+        reader = cls.reopen(store, files, **options)
         with ThreadPoolExecutor(REMOTE_READS) as pool:
             footers = list(pool.map(reader._footer, range(len(files))))
         named = [names for _, names in footers if names]
         if any(names != named[0] for names in named):
             raise InvalidInput(f"{store.uri}: the class names in the files' metadata must agree, found {named[:2]}")
-        groups = [rows for rows, _ in footers]
-        return cls(store, files, id_column, image_column, labels, groups, named[0] if named else [])
+        return replace(reader, groups=[rows for rows, _ in footers], names=named[0] if named else [])
+
+    @classmethod
+    def reopen(cls, store: Store, files: list[Entry], **options: Any) -> "ParquetReader":
+        """See Reader."""
+        return cls(store, files, **options)
 
     def _footer(self, source: int) -> tuple[list[int], list[str]]:
         with self._open(source) as file:
@@ -114,10 +121,10 @@ class ParquetReader(Reader):
 
     def units(self, part_rows: int) -> list[Unit]:
         """Runs of whole row groups, unless one row group is very long."""
-        target = -(-UNIT_ROWS // part_rows) * part_rows
+        target = -(-_UNIT_ROWS // part_rows) * part_rows
         return [Unit(source, *span) for source, groups in enumerate(self.groups) for span in _spans(groups, target)]
 
-    def images(self, unit: Unit) -> Iterator[Found]:
+    def images(self, unit: Unit) -> Iterator[RawImage]:
         """See Reader."""
         stamp = source_stamp(require_unchanged(self.store, self.files[unit.source]))
         with self._open(unit.source, buffer_size=SPAN_BYTES) as file:
@@ -133,7 +140,7 @@ class ParquetReader(Reader):
                             f"{self.store.uri}/{self.files[unit.source].name}: every row must have a value in column "
                             f"{self.id_column!r}, row {position} has none"
                         )
-                    yield Found(str(key), data, position, {"stamp": stamp, **label_columns(value)})
+                    yield RawImage(str(key), data, position, {"stamp": stamp, **_labels(value)})
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Lost]:
         """See Reader. Reads the row groups that hold the rows from their beginning."""
@@ -236,3 +243,11 @@ def _class_names(schema: pa.Schema) -> list[str]:
         return [str(name) for name in (label.get("names") or label.get("feature", {}).get("names") or [])]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _labels(value: Any) -> dict[str, Any]:
+    """`labels` or `names` of a parquet value: an integer, a string, or a list of either; null entries are left out."""
+    if value is None:
+        return {}
+    values = [entry for entry in (value if isinstance(value, list) else [value]) if entry is not None]
+    return {"names": values} if values and isinstance(values[0], str) else {"labels": values}

@@ -1,26 +1,24 @@
-"""Where encoded images lie: a folder tree, parquet files, WebDataset tars. One class a format, three verbs each.
+"""The contract of a source format: a class that says how its files are known, and reads their images.
 
-`units` cuts the files into units of scanning; `images` reads every byte of a unit once, of which `scan` makes a row
-per image (SCANNED); `read` returns the bytes of rows that were scanned, sequentially. Readers are picklable and hold no
-connection. An image that cannot be read is a row with a reason; a parquet or tar file that cannot be read ends the
-run with its name, because it stands for thousands of images.
+A format is one file in this folder and one line in hashdist/collection/readers/__init__.py (docs/extend.md). Three
+verbs: `units` cuts the files into units of scanning; `images` reads every byte of a unit once, of which `scan` makes a
+row per image (SCANNED); `read` returns the bytes of rows that were scanned, sequentially. Readers are picklable and
+hold no connection. An image that cannot be read is a row with a reason; a file of many images that cannot be read ends
+the run with its name, because it stands for thousands of images.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
-from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ids import image_id
-from hashdist.ground.schema import LISTING, OK
+from hashdist.ground.schema import LISTING, OK, UNREADABLE
 from hashdist.store import Entry, Store
-
-UNREADABLE = "unreadable"
-"""Status of a row whose bytes could not be read."""
 
 SCANNED = pa.schema(
     [
@@ -32,12 +30,13 @@ SCANNED = pa.schema(
 """A row per image in the order of the source; ids without salts where the format only learns its keys by scanning."""
 
 MAX_BYTES = 512 << 20
-"""Of an encoded image: one of images.MAX_PIXELS is smaller however it is encoded, but anything may lie in a bucket."""
+"""Of an encoded image: one of decode.MAX_PIXELS is smaller however it is encoded, but anything may lie in a bucket."""
 
 REMOTE_READS = 16
+"""Requests at once to a remote store."""
+
 SPAN_BYTES = 8 << 20
-MOST_LABEL_BYTES = 65_536
-UNIT_ROWS = 16_384
+"""Of one request, about, where images lie beside each other in a file."""
 
 
 class Unit(NamedTuple):
@@ -54,8 +53,8 @@ class Lost(NamedTuple):
     reason: str
 
 
-class Found(NamedTuple):
-    """An image as it is met in its source; `more`: what the source says beside its bytes, by column of SCANNED."""
+class RawImage(NamedTuple):
+    """An image as its source holds it; `more`: what the source says beside its bytes, by column of SCANNED."""
 
     key: str
     data: bytes | Lost
@@ -64,28 +63,61 @@ class Found(NamedTuple):
 
 
 class Reader(ABC):
-    """The images of one format."""
+    """The images of one format.
+
+    Class attributes:
+        format: name of the format, as `--collection.format` takes it and manifests keep it.
+        plural: what messages call its files.
+        extensions: by which its files are known, in lower case, with the dot.
+        options: fields of CollectionSettings that `open` takes by keyword; they are part of the collection's digest.
+        files_are_images: whether each file is one image whose key is the file's name; else files hold many images.
+        digits_are_numbers: whether a label that is given as text and is all digits is that number.
+
+    Attributes:
+        salts: of the keys whose ids collide, where the keys are known without a scan.
+    """
 
     format: ClassVar[str]
+    plural: ClassVar[str]
+    extensions: ClassVar[frozenset[str]]
+    options: ClassVar[tuple[str, ...]] = ("labels",)
+    files_are_images: ClassVar[bool] = False
+    digits_are_numbers: ClassVar[bool] = False
+
+    salts: Mapping[str, int] = MappingProxyType({})
+
+    @classmethod
+    @abstractmethod
+    def open(cls, store: Store, files: list[Entry], **options: Any) -> "Reader":
+        """A reader of listed files that are to be scanned. Raises InvalidInput for a file that is not of the format."""
+
+    @classmethod
+    def reopen(cls, store: Store, files: list[Entry], **options: Any) -> "Reader":
+        """A reader of files that were scanned before, for `read` alone; nothing is read here."""
+        return cls.open(store, files, **options)
 
     @abstractmethod
     def units(self, part_rows: int) -> list[Unit]:
         """Units that cover every image; a unit holds whole parts of at most `part_rows` rows."""
 
     @abstractmethod
-    def images(self, unit: Unit) -> Iterator[Found]:
+    def images(self, unit: Unit) -> Iterator[RawImage]:
         """The images of a unit, in source order, every byte read once."""
 
     def scan(self, unit: Unit) -> pa.Table:
         """Rows SCANNED of a unit, in source order, every image byte read once."""
         scanned = ScannedRows(unit.source)
-        for found in self.images(unit):
-            scanned.add(found)
+        for image in self.images(unit):
+            scanned.add(image)
         return scanned.table()
 
     @abstractmethod
     def read(self, rows: pa.Table) -> Iterator[bytes | Lost]:
         """Bytes of rows of one source, in their order (ascending position)."""
+
+    def read_keys(self, keys: Sequence[str]) -> Iterator[RawImage]:  # noqa: ARG002
+        """One image for each key, listed or not; nothing where files hold many images."""
+        return iter(())
 
     def classes(self) -> list[str]:
         """Names of the integer labels 0, 1, ..., where the format carries them."""
@@ -110,21 +142,21 @@ class ScannedRows:
         self._source = source
         self._columns: dict[str, list[Any]] = {name: [] for name in SCANNED.names}
 
-    def add(self, found: Found) -> None:
+    def add(self, image: RawImage) -> None:
         """Append a row."""
-        data = found.data
+        data = image.data
         row = {
-            "key": found.key,
+            "key": image.key,
             "digest": None if isinstance(data, Lost) else content_digest(data),
             "size": None if isinstance(data, Lost) else len(data),
             "source": self._source,
-            "position": found.position,
+            "position": image.position,
             "status": UNREADABLE if isinstance(data, Lost) else OK,
             "reason": data.reason if isinstance(data, Lost) else None,
-            **found.more,
+            **image.more,
         }
         if row.get("id") is None:
-            row["id"] = image_id(found.key)
+            row["id"] = image_id(image.key)
         for name, column in self._columns.items():
             column.append(row.get(name))
 
@@ -154,21 +186,3 @@ def require_unchanged(store: Store, entry: Entry) -> Entry:
             "list the collection again"
         )
     return now
-
-
-def in_spans(offsets: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """[first, last] of runs of images that are read in one request."""
-    starts = [0]
-    for row, (before, here) in enumerate(pairwise(range(len(offsets))), 1):
-        gap = offsets[here] - offsets[before] - sizes[before]
-        if gap > SPAN_BYTES // 8 or offsets[here] + sizes[here] - offsets[starts[-1]] > SPAN_BYTES:
-            starts.append(row)
-    return [(first, after - 1) for first, after in pairwise([*starts, len(offsets)])]
-
-
-def label_columns(value: Any) -> dict[str, Any]:
-    """`labels` or `names` of a parquet value: an integer, a string, or a list of either; null entries are left out."""
-    if value is None:
-        return {}
-    values = [entry for entry in (value if isinstance(value, list) else [value]) if entry is not None]
-    return {"names": values} if values and isinstance(values[0], str) else {"labels": values}

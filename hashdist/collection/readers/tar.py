@@ -1,8 +1,9 @@
 """WebDataset tars: members that share a base name are one sample."""
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
@@ -11,13 +12,11 @@ import pyarrow as pa
 from hashdist.collection.decode import EXTENSIONS
 from hashdist.collection.readers.reader import (
     MAX_BYTES,
-    MOST_LABEL_BYTES,
     SPAN_BYTES,
-    Found,
     Lost,
+    RawImage,
     Reader,
     Unit,
-    in_spans,
     is_hidden,
     require_unchanged,
     source_stamp,
@@ -25,6 +24,8 @@ from hashdist.collection.readers.reader import (
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.threads import in_order
 from hashdist.store import Entry, Store
+
+_MOST_LABEL_BYTES = 65_536
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,24 @@ class TarReader(Reader):
     """
 
     format: ClassVar[str] = "webdataset"
+    plural: ClassVar[str] = "tars"
+    extensions: ClassVar[frozenset[str]] = frozenset({".tar"})
+    digits_are_numbers: ClassVar[bool] = True  # a tar has no other way to give numbers
 
     store: Store
     files: list[Entry]
     labels: bool
 
+    @classmethod
+    def open(cls, store: Store, files: list[Entry], **options: Any) -> "TarReader":
+        """See Reader. Nothing is read: only scanning tells what is in a tar."""
+        return cls(store, files, **options)
+
     def units(self, part_rows: int) -> list[Unit]:  # noqa: ARG002 (only scanning tells where a tar's rows begin)
         """A unit is one tar."""
         return [Unit(source, 0, None) for source in range(len(self.files))]
 
-    def images(self, unit: Unit) -> Iterator[Found]:
+    def images(self, unit: Unit) -> Iterator[RawImage]:
         """See Reader."""
         entry = require_unchanged(self.store, self.files[unit.source])
         stamp, found = source_stamp(entry), 0
@@ -61,7 +70,7 @@ class TarReader(Reader):
                 tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar,
             ):
                 for sample in _samples(tar, self.labels):
-                    yield Found(sample.key, sample.image, found, {"stamp": stamp, **sample.known()})
+                    yield RawImage(sample.key, sample.image, found, {"stamp": stamp, **sample.known()})
                     found += 1
         except (tarfile.TarError, OSError) as error:
             raise InvalidInput(
@@ -75,7 +84,7 @@ class TarReader(Reader):
             return
         entry = require_unchanged(self.store, self.files[rows["source"][0].as_py()])
         offsets, sizes = rows["offset"].to_pylist(), rows["size"].to_pylist()
-        spans = in_spans(offsets, sizes)
+        runs = spans(offsets, sizes)
 
         def get(span: tuple[int, int]) -> list[bytes | Lost]:
             first, last = span
@@ -83,8 +92,18 @@ class TarReader(Reader):
             data = self.store.get(entry.name, begin, offsets[last] + sizes[last] - begin)
             return [data[offsets[i] - begin : offsets[i] - begin + sizes[i]] for i in range(first, last + 1)]
 
-        for images in in_order(get, spans, 2):
+        for images in in_order(get, runs, 2):
             yield from images
+
+
+def spans(offsets: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """[first, last] of runs of images that are read in one request."""
+    starts = [0]
+    for row, (before, here) in enumerate(pairwise(range(len(offsets))), 1):
+        gap = offsets[here] - offsets[before] - sizes[before]
+        if gap > SPAN_BYTES // 8 or offsets[here] + sizes[here] - offsets[starts[-1]] > SPAN_BYTES:
+            starts.append(row)
+    return [(first, after - 1) for first, after in pairwise([*starts, len(offsets)])]
 
 
 @dataclass
@@ -108,7 +127,7 @@ class _Sample:
             large = member.size > MAX_BYTES  # a sparse member claims to be larger than the tar it is in
             self.image = Lost(f"too-large: {member.size} bytes") if large else _content(tar, member)
             self.offset, self.plain = member.offset_data, plain
-        elif extension == "cls" and labels and member.size <= MOST_LABEL_BYTES:
+        elif extension == "cls" and labels and member.size <= _MOST_LABEL_BYTES:
             self.label = _content(tar, member).decode(errors="replace").strip() or None
         else:
             self.others.append(extension)

@@ -4,9 +4,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +12,14 @@ from numpy.typing import NDArray
 
 from hashdist.collection.collection import Collection, Image
 from hashdist.collection.decode import BadImage, decode
-from hashdist.ground.errors import Corrupt, InvalidInput
+from hashdist.ground.errors import InvalidInput
 from hashdist.ground.threads import in_order
 from hashdist.methods.contract import Graph, TrainingData
 from hashdist.methods.parts.communicator import Communicator
 from hashdist.methods.parts.labels import one_hot
 from hashdist.models.networks import Preprocess
-from hashdist.store.commit import Artefact, read_file, read_table
+from hashdist.store.arrays import map_array
+from hashdist.store.commit import Artefact, read_table
 
 GRAPH_FILES = ("w0_indptr", "w0_indices", "neighbours")
 _AHEAD = 4
@@ -43,7 +42,7 @@ class LocalShare:
 
 def sample_ids(graph: Artefact) -> NDArray[np.int64]:
     """int64 [n], ascending: the images that the graph is made of."""
-    return _array(graph, graph.manifest()["files"]["ids"])
+    return map_array(graph.store, graph.manifest()["files"]["ids"])
 
 
 def read_sample(graph: Artefact) -> TrainingData:
@@ -51,9 +50,9 @@ def read_sample(graph: Artefact) -> TrainingData:
     files = graph.manifest()["files"]
     return TrainingData(
         ids=sample_ids(graph),
-        features=_array(graph, files["features"]),
+        features=map_array(graph.store, files["features"]),
         labels=sample_labels(graph),
-        graph=Graph(*(_array(graph, files[name]) for name in GRAPH_FILES)) if files["w0_indptr"] else None,
+        graph=Graph(*(map_array(graph.store, files[name]) for name in GRAPH_FILES)) if files["w0_indptr"] else None,
     )
 
 
@@ -105,15 +104,3 @@ def _prepared(prepare: Preprocess, image: Image) -> tuple[int, NDArray[np.uint8]
 
 def _wait_for_all(comm: Communicator) -> None:
     comm.sum_(torch.zeros(1))
-
-
-def _array(graph: Artefact, entry: dict[str, Any]) -> NDArray[Any]:
-    """A .npy file of the graph: mapped where it lies on this machine, else read and checked."""
-    path = graph.store.local_path(entry["path"])
-    if path is None:
-        loaded: NDArray[Any] = np.load(BytesIO(read_file(graph.store, entry)), allow_pickle=False)
-        return loaded
-    if path.stat().st_size != entry["bytes"]:
-        raise Corrupt(f"{path}: {entry['bytes']} bytes were committed, found {path.stat().st_size}")
-    mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return mapped

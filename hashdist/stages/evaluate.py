@@ -7,7 +7,6 @@ radius. Where there are features, recall@k against the exact cosine neighbours i
 and the shallow methods, fitted on the same features of the same training images, stand beside the codes.
 """
 
-import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ from hashdist.methods.contract import Encoder, find_method, fit_shallow, shallow
 from hashdist.methods.parts.labels import one_hot
 from hashdist.nearest import cosine, scan
 from hashdist.stages.cluster import session, tasks
-from hashdist.store.commit import Artefact, open_artefact, read_file, read_table
+from hashdist.store.arrays import read_array
+from hashdist.store.commit import Artefact, open_artefact, read_table
 from hashdist.store.vectors import read_vectors
 
 _ROWS_PER_TASK = 250_000
@@ -182,7 +182,7 @@ def _model_of(codes: Artefact, settings: Settings, task: Task) -> tuple[str, Ids
         graph = open_artefact(model["inputs"]["graphs"]["uri"], "graphs")
     except (NotFound, KeyError):  # a model that something else made: the first images stand in for its training set
         return "codes", _labelled_ids(codes)["id"].to_numpy()[: settings.graph.train_sample]
-    trained_on = np.load(io.BytesIO(read_file(graph.store, graph.manifest()["files"]["ids"])))
+    trained_on = read_array(graph.store, graph.manifest()["files"]["ids"])
     shared = len(np.intersect1d(trained_on, task.queries))
     if shared and settings.evaluate.protocol:
         raise InvalidInput(

@@ -15,7 +15,6 @@ how long the runs are, so a second run with other resources goes on where the fi
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
@@ -34,12 +33,11 @@ from hashdist.nearest import shared as shared_module
 from hashdist.stages import artefacts
 from hashdist.stages.cluster import session, tasks
 from hashdist.store import Store, open_store
+from hashdist.store.arrays import map_array, read_array, write_array
 from hashdist.store.commit import (
     Artefact,
     create_record,
     open_artefact,
-    read_file,
-    write_file,
     write_table,
 )
 from hashdist.store.vectors import read_vectors
@@ -243,26 +241,19 @@ def _join_similarity(work: _Work) -> dict[str, Any]:
 
 
 def _write(graph: Artefact, array: NDArray[Any]) -> dict[str, Any]:
-    """An array as a .npy file of the graph."""
-    buffer = BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return write_file(graph.store, graph.new_name(".npy"), buffer.getbuffer(), rows=len(array))
+    return write_array(graph.store, graph.new_name(".npy"), array)
 
 
 def _read(store: Store, entry: dict[str, Any]) -> NDArray[Any]:
     """An array that `_write` wrote: mapped where it lies on this machine, else fetched once a process."""
-    path = store.local_path(entry["path"])
-    if path is not None:
-        mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        return mapped
+    if store.local_path(entry["path"]) is not None:
+        return map_array(store, entry)
     return _fetch(store.uri, entry["path"], entry["sha256"], entry["bytes"])
 
 
 @lru_cache(maxsize=2)
 def _fetch(uri: str, path: str, sha256: str, size: int) -> NDArray[Any]:
-    data = read_file(open_store(uri), {"path": path, "sha256": sha256, "bytes": size})
-    array: NDArray[Any] = np.load(BytesIO(data), allow_pickle=False)
-    return array
+    return read_array(open_store(uri), {"path": path, "sha256": sha256, "bytes": size})
 
 
 # What is published

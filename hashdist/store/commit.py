@@ -76,7 +76,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -367,6 +367,17 @@ def _read_rows(file: pq.ParquetFile, columns: list[str] | None, start: int, stop
             groups.append(group)
         first = last
     return file.read_row_groups(groups, columns).slice(start - offset, stop - start)
+
+
+def named_files(record: Any) -> Iterator[Mapping[str, Any]]:
+    """Every entry of a data file that a record names, wherever in it: in fields that only others know, too."""
+    if isinstance(record, Mapping):
+        if "path" in record and "sha256" in record:
+            yield record
+        record = list(record.values())
+    if isinstance(record, list):
+        for part in record:
+            yield from named_files(part)
 
 
 class Names:

@@ -1,6 +1,5 @@
 """Erasing images from artefacts."""
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +14,17 @@ from numpy.typing import NDArray
 
 from hashdist.ground.errors import Conflict, NotFound
 from hashdist.ground.ids import image_id
-from hashdist.ground.schema import OK
+from hashdist.ground.schema import OK, slug
 from hashdist.index.change import checked_keys
 from hashdist.store import Store, open_store
+from hashdist.store.arrays import read_array
 from hashdist.store.commit import (
     MANIFEST,
     REWRITES,
     Artefact,
     create_record,
+    named_files,
     now,
-    read_file,
     read_record,
     read_table,
     write_table,
@@ -148,7 +148,7 @@ def _graph_holds(graph: Artefact, images: _Images) -> bool:
     manifest = _committed(graph)
     if manifest is None:
         return _left_over(graph) or _holds(graph.store, images, _data(graph.store))
-    ids = np.load(io.BytesIO(read_file(graph.store, manifest["files"]["ids"])), allow_pickle=False)
+    ids = read_array(graph.store, manifest["files"]["ids"])
     return bool(np.isin(images.ids, ids).any())
 
 
@@ -215,22 +215,11 @@ def _delete_old(artefact: Artefact, images: _Images) -> int:
     there = _data(artefact.store)
     gone = {path for record in records for path in record["delete"]}
     artefact = Artefact.at(artefact.store, artefact.kind, artefact.name)
-    named = set(_paths(artefact.manifest()))
+    named = {entry["path"] for entry in named_files(artefact.manifest())}
     lost = [name for name in there if name not in gone | named and _holds(artefact.store, images, [name])]
     old = [name for name in there if name in gone]
     _delete(artefact.store, [*old, *lost])
     return len(old) + len(lost)
-
-
-def _paths(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        if isinstance(value.get("path"), str):
-            yield value["path"]
-        for item in value.values():
-            yield from _paths(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _paths(item)
 
 
 @dataclass(frozen=True)
@@ -284,12 +273,12 @@ def _counts(manifest: Mapping[str, Any], gone: pa.Table) -> dict[str, Any]:
     """Rows, failures and their reasons without these rows."""
     bad = gone.filter(pc.not_equal(gone["status"], OK))
     changed: dict[str, Any] = {"rows": manifest["rows"] - len(gone), "failed": manifest["failed"] - len(bad)}
-    slugs = Counter(str(reason).partition(":")[0] for reason in bad["reason"].to_pylist() if reason is not None)
+    kinds = Counter(slug(reason) for reason in bad["reason"].to_pylist() if reason is not None)
     for name in ("reasons", "unreadable"):
         if name in manifest:
             left = Counter(manifest[name])
-            left.subtract(slugs)
-            changed[name] = {slug: count for slug, count in left.items() if count > 0}
+            left.subtract(kinds)
+            changed[name] = {kind: count for kind, count in left.items() if count > 0}
     return changed
 
 

@@ -33,7 +33,7 @@ from hashdist.index.manifest import kept_numbers
 from hashdist.index.pins import Clock, store_time
 from hashdist.store import Store
 from hashdist.store.base import Entry
-from hashdist.store.commit import KINDS, MANIFEST, Log, read_record
+from hashdist.store.commit import KINDS, MANIFEST, Log, named_files, read_record
 
 RESUMED_FROM = 2
 """Newest records of a training run whose states are kept (hashdist/models/checkpoints.py)."""
@@ -283,12 +283,8 @@ def _references(value: Any) -> list[Name]:
     return found
 
 
-def _paths(value: Any) -> set[str]:
-    """Every file that a record names."""
-    if isinstance(value, Mapping):
-        own = {str(value["path"])} if "path" in value and "sha256" in value else set()
-        return own.union(*(_paths(part) for part in value.values()))
-    return set().union(*(_paths(part) for part in value)) if isinstance(value, list) else set()
+def _paths(record: Any) -> set[str]:
+    return {str(entry["path"]) for entry in named_files(record)}
 
 
 def _plain(root: Store, entry: Entry) -> Any:

@@ -26,7 +26,7 @@ A reader without permission to write cannot pin: it relies on the age alone, of 
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ from hashdist.index.pins import Clock, Pin, Pins, pinned, read_pins, store_time
 from hashdist.index.shards.shard import files as shard_files
 from hashdist.index.view import View
 from hashdist.store.base import Entry, Store
-from hashdist.store.commit import Log, Version
+from hashdist.store.commit import Log, Version, named_files
 
 __all__ = ["Pin", "Vacuumed", "pinned", "rollback", "seconds", "store_time", "tag", "untag", "vacuum"]
 
@@ -355,7 +355,7 @@ class _Look:
         lists = [entry for part in parts for name in LISTS for entry in part.get(name, ())]
         lists += [entry for entry in record.get("rewrites", {}).values() if entry is not None]
         rest = [value for part in parts for name, value in part.items() if name not in _LISTED]
-        return {entry["path"] for entry in _entries(rest)}.union(*map(self._files_of, lists))
+        return {entry["path"] for entry in named_files(rest)}.union(*map(self._files_of, lists))
 
     def _files_of(self, entry: Mapping[str, Any]) -> frozenset[str]:
         parts = entry.get("parts", {})
@@ -377,17 +377,6 @@ class _Look:
 
     def _is_old_file(self, entry: Entry) -> bool:
         return self._is_old(entry.modified)
-
-
-def _entries(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Whatever looks like the entry of a file: fields that only others know keep their files too."""
-    if isinstance(value, Mapping):
-        if "path" in value and "sha256" in value:
-            yield value
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            yield from _entries(part)
 
 
 def _delete(store: Store, garbage: Sequence[_Garbage]) -> tuple[list[_Garbage], str]:

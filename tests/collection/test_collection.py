@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hashdist.collection.collection import (
     write_unit,
 )
 from hashdist.collection.listing import described, list_collection
-from hashdist.collection.readers import tar
+from hashdist.collection.readers import FORMATS, tar
 from hashdist.collection.readers.reader import content_digest
 from hashdist.collection.vocabulary import label_numbers
 from hashdist.ground.errors import InvalidInput
@@ -33,6 +34,7 @@ from hashdist.ground.schema import LISTING, OK
 from hashdist.ground.settings import CollectionSettings
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, artefact, read_table
+from tests.worlds import extensions
 
 
 def jpeg(shade: int, size: int = 8) -> bytes:
@@ -98,11 +100,27 @@ def write_tars(base: Path, images: dict[str, tuple[bytes, str]]) -> str:
     return str(base)
 
 
-WRITERS: dict[str, Writer] = {"folder": write_folder, "parquet": write_parquet, "webdataset": write_tars}
+def write_zip(base: Path, images: dict[str, tuple[bytes, str]]) -> str:
+    base.mkdir()
+    with zipfile.ZipFile(base / "0.zip", "w") as archive:
+        for key, (data, label) in images.items():
+            archive.writestr(f"{label}/{key}.jpg", data)
+    return str(base)
+
+
+WRITERS: dict[str, Writer] = {
+    "folder": write_folder,
+    "parquet": write_parquet,
+    "webdataset": write_tars,
+    "zip": write_zip,
+}
+"""Every format of the package, and the one that docs/extend.md shows."""
 
 
 @pytest.fixture(params=sorted(WRITERS))
-def form(request: pytest.FixtureRequest) -> str:
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "zip":
+        monkeypatch.setitem(FORMATS, "zip", extensions.module("hashdist/collection/readers/zip.py").ZipReader)
     return str(request.param)
 
 
@@ -112,7 +130,7 @@ def images() -> dict[str, tuple[bytes, str]]:
 
 
 def expected_key(form: str, key: str, label: str) -> str:
-    return f"{label}/{key}.jpg" if form == "folder" else key
+    return f"{label}/{key}.jpg" if form in ("folder", "zip") else key
 
 
 def test_every_image_is_read_once_with_its_key_id_digest_and_label(

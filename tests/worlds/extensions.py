@@ -1,5 +1,6 @@
 """The examples of docs/extend.md, imported as if each were the file that its first line names."""
 
+import atexit
 import importlib.util
 import re
 import sys
@@ -20,10 +21,18 @@ def examples() -> dict[str, str]:
 
 
 @cache
+def _folder() -> Path:
+    made = tempfile.TemporaryDirectory(prefix="hashdist-extend-")
+    atexit.register(made.cleanup)
+    return Path(made.name)
+
+
+@cache
 def module(path: str) -> ModuleType:
     """The module of an example, under the name that it would have in the package."""
     name = path.removesuffix(".py").replace("/", ".")
-    file = Path(tempfile.mkdtemp(prefix="hashdist-extend-")) / Path(path).name
+    file = _folder() / path
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(examples()[path])
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None

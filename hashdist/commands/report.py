@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from hashdist.collection.collection import open_collection
 from hashdist.collection.decode import BadImage
-from hashdist.commands.pictures import picture_tag
+from hashdist.commands.pictures import Picture, page, side_by_side
 from hashdist.evaluation import figures, statistics
 from hashdist.ground import bits, schema
 from hashdist.ground.errors import InvalidInput
@@ -37,13 +37,8 @@ from hashdist.store.commit import Artefact, read_file
 from hashdist.store.vectors import read_vectors
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}
 td.number{text-align:right;font-variant-numeric:tabular-nums}img.plot{max-width:100%}
-.row{display:flex;flex-wrap:wrap;gap:6px;align-items:flex-start;margin:.6em 0}
-figure{margin:0;text-align:center;font-size:11px;color:#555}figure img{width:64px;height:64px;object-fit:contain;
-image-rendering:pixelated;border:3px solid #bbb}figure.right img{border-color:#2a9d4a}
-figure.wrong img{border-color:#d1495b}figure.query img{border-color:#1d4e89}
 """
 
 _STATISTICS_ROWS = 30_000  # codes that bit statistics are taken from, drawn at random
@@ -121,10 +116,9 @@ def write_page(
     if manifest["mode"] == "images":
         sections.append(("What the codes rest on (Grad-CAM)", _gradcam(plot, model, found)))
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections)
-    title = html.escape(f"hashdist: {manifest['method'].upper()}, {manifest['bits']} bits")
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    title = f"hashdist: {manifest['method'].upper()}, {manifest['bits']} bits"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{page}<h1>{title}</h1>{body}</html>")
+    path.write_text(page(title, body, _STYLE))
     return path
 
 
@@ -207,7 +201,7 @@ def _training(plot: _Plots, manifest: Mapping[str, Any]) -> str:
     return content
 
 
-def _sampled(codes_NW: NDArray[np.uint8], most: int) -> NDArray[np.int64]:
+def _sample_rows(codes_NW: NDArray[np.uint8], most: int) -> NDArray[np.int64]:
     """Rows of a seeded sample, ascending."""
     rows = np.random.default_rng(0).permutation(len(codes_NW))[:most]
     return np.sort(rows)
@@ -222,7 +216,7 @@ def _sharing(codes_NW: NDArray[np.uint8]) -> NDArray[np.int64]:
 def code_facts(codes_NW: NDArray[np.uint8]) -> list[list[str]]:
     """Balance, correlation, entropy and collisions of packed codes, as rows of a table."""
     n, sharing = len(codes_NW), _sharing(codes_NW)
-    signs_NL = bits.signs(codes_NW[_sampled(codes_NW, _STATISTICS_ROWS)])
+    signs_NL = bits.signs(codes_NW[_sample_rows(codes_NW, _STATISTICS_ROWS)])
     share = (signs_NL > 0).mean(0)
     off = np.abs(statistics.bit_correlation(signs_NL))[~np.eye(len(share), dtype=bool)]
     p = sharing / n
@@ -249,12 +243,12 @@ def code_facts(codes_NW: NDArray[np.uint8]) -> list[list[str]]:
 
 
 def _code_figure(codes_NW: NDArray[np.uint8]) -> Figure:
-    return figures.codes(bits.signs(codes_NW[_sampled(codes_NW, _STATISTICS_ROWS)]), _sharing(codes_NW))
+    return figures.codes(bits.signs(codes_NW[_sample_rows(codes_NW, _STATISTICS_ROWS)]), _sharing(codes_NW))
 
 
 def tsne_figure(codes_NW: NDArray[np.uint8], labels: Sequence[Sequence[int] | None]) -> Figure:
     """t-SNE of a seeded sample of codes, coloured by their first label; Euclidean on signs orders as Hamming does."""
-    rows = _sampled(codes_NW, _TSNE_ROWS)
+    rows = _sample_rows(codes_NW, _TSNE_ROWS)
     signs_NL = bits.signs(codes_NW[rows]).astype(np.float32)
     title = f"{len(rows)} of {len(codes_NW)} codes"
     if len(rows) < 4:
@@ -270,7 +264,7 @@ def tsne_figure(codes_NW: NDArray[np.uint8], labels: Sequence[Sequence[int] | No
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Retrieved:
     """Queries and what is found: keys, distances, and whether right (None: not known).
 
     Attributes:
@@ -286,7 +280,7 @@ class _Found:
     pictures: Mapping[str, bytes]
 
 
-def _search(pipeline: Pipeline, index: Index, codes: pa.Table, queries: int) -> _Found:
+def _search(pipeline: Pipeline, index: Index, codes: pa.Table, queries: int) -> _Retrieved:
     labels = dict(zip(codes["key"].to_pylist(), codes["labels"].to_pylist(), strict=True))
     keys = codes["key"].to_pylist()[:queries]
     codes_QW = index.codes_of(keys)
@@ -297,7 +291,7 @@ def _search(pipeline: Pipeline, index: Index, codes: pa.Table, queries: int) -> 
     ]
     wanted = {*keys, *(k for row in results for k, _, _ in row)}
     pictures = open_collection(pipeline.artefact("collection").uri).fetch(sorted(wanted))
-    return _Found(keys, codes_QW, results, pictures)
+    return _Retrieved(keys, codes_QW, results, pictures)
 
 
 def _right(query: list[int] | None, found: list[int] | None) -> bool | None:
@@ -306,25 +300,26 @@ def _right(query: list[int] | None, found: list[int] | None) -> bool | None:
     return bool(set(query) & set(found))
 
 
-def _sheet(found: _Found) -> str:
+def _sheet(found: _Retrieved) -> str:
     """A row per query: the query, then what is found, right and wrong marked where there are labels."""
     kinds = {True: "right", False: "wrong", None: ""}
     rows = []
-    for key, row in zip(found.keys, found.results, strict=True):
-        cells = [_figure(found.pictures.get(key), "query", "query")]
-        cells += [_figure(found.pictures.get(k), f"{d} bits", kinds[right]) for k, d, right in row]
-        rows.append(f'<div class="row">{"".join(cells)}</div>')
+    for key, hits in zip(found.keys, found.results, strict=True):
+        query = Picture(found.pictures.get(key), ["query"], "query")
+        rows.append(
+            side_by_side([query, *(Picture(found.pictures.get(k), [f"{d} bits"], kinds[ok]) for k, d, ok in hits)])
+        )
     return "".join(rows)
 
 
-def _gradcam(plot: _Plots, model: Artefact, found: _Found) -> str:
+def _gradcam(plot: _Plots, model: Artefact, found: _Retrieved) -> str:
     try:
-        return plot("gradcam", _explained(model, found))
+        return plot("gradcam", _gradcam_figure(model, found))
     except InvalidInput as error:  # a network without maps
         return f"<p>{html.escape(str(error))}</p>"
 
 
-def _explained(model: Artefact, found: _Found) -> Figure:
+def _gradcam_figure(model: Artefact, found: _Retrieved) -> Figure:
     """Grad-CAM of an end-to-end model: what a query's code rests on, and what in its results speaks for that code."""
     manifest = model.manifest()
     state = read_file(model.store, manifest["backbone_weights"])
@@ -333,32 +328,30 @@ def _explained(model: Artefact, found: _Found) -> Figure:
     rows = []
     for key, code_W, results in zip(found.keys, found.codes_QW, found.results, strict=True):
         captions = [(key, "query", None), *((k, f"{d} bits", right) for k, d, right in results[:_EXPLAINED])]
-        readable = [(_prepared(network.preprocess, found.pictures.get(k)), text, right) for k, text, right in captions]
+        readable = [
+            (_network_input(network.preprocess, found.pictures.get(k)), text, right) for k, text, right in captions
+        ]
         shown = [(image, text, right) for image, text, right in readable if image is not None]
         if not shown or readable[0][0] is None:
             continue
         heat = grad_cam(network, head, np.stack([image for image, _, _ in shown]), bits.signs(code_W[None])[0])
-        row = [figures.Picture(shown[0][0], "query")]
-        row += [
+        pictures = [figures.Picture(shown[0][0], "query")]
+        pictures += [
             figures.Picture(figures.overlay(image, warm), text, right)
             for (image, text, right), warm in zip(shown, heat, strict=True)
         ]
-        rows.append(row)
+        rows.append(pictures)
         if len(rows) == _EXPLAINED:
             break
     return figures.pictures(rows, "places that speak for the query's code")
 
 
-def _prepared(preprocess: Any, data: bytes | None) -> NDArray[np.uint8] | None:
+def _network_input(preprocess: Any, data: bytes | None) -> NDArray[np.uint8] | None:
     """What the network sees of a picture; None where it cannot be read."""
     try:
         return None if data is None else preprocess(pixels(data))
     except BadImage:
         return None
-
-
-def _figure(data: bytes | None, caption: str, kind: str) -> str:
-    return f'<figure class="{kind}">{picture_tag(data)}<figcaption>{caption}</figcaption></figure>'
 
 
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:

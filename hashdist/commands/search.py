@@ -1,7 +1,6 @@
 """`hashdist search`: one query or many, by image, key or code; nearest images or all within a radius."""
 
 import difflib
-import html
 import json
 import sys
 import time
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from hashdist.collection.collection import Collection
 from hashdist.commands.index import index_of
-from hashdist.commands.pictures import open_pictures, picture_tag, picture_uri
+from hashdist.commands.pictures import Picture, open_pictures, page, side_by_side
 from hashdist.ground.errors import InvalidInput, NotFound
 from hashdist.ground.options import SearchOptions
 from hashdist.ground.settings import Settings
@@ -27,14 +26,6 @@ from hashdist.index.search import where as where_module
 Codes = NDArray[np.uint8]
 
 _NEAR_ROWS, _CLOSE_ROWS = 200_000, 5_000  # whose keys are looked at for one that is like another
-
-_HIT = "<figure>{picture}<figcaption>{key}<br>{distance}</figcaption></figure>"
-_ROW = "<h2>{query}</h2>{picture}<div>{figures}</div>"
-_SHEET = """<!doctype html><meta charset="utf-8"><title>hashdist search</title>
-<style>body{{font:14px sans-serif;margin:2em}}figure{{display:inline-block;margin:.5em;text-align:center}}
-img{{height:96px;image-rendering:auto}}figcaption{{max-width:12em;overflow-wrap:anywhere}}</style>
-<h1>Search in {index}, version {version}</h1>{rows}
-"""
 
 
 class Query(NamedTuple):
@@ -59,7 +50,7 @@ def run(settings: Settings, options: SearchOptions) -> dict[str, Any]:
 
     Raises InvalidInput, NotFound for what cannot be asked.
     """
-    with _searched(settings, options) as index:
+    with _open(settings, options) as index:
         engine = _engine(options)
         queries = _queries(index, options)
         if not queries and not options.recall:
@@ -80,7 +71,7 @@ def run(settings: Settings, options: SearchOptions) -> dict[str, Any]:
 
 
 @contextmanager
-def _searched(settings: Settings, options: SearchOptions) -> Iterator[Index]:
+def _open(settings: Settings, options: SearchOptions) -> Iterator[Index]:
     """The index to search: in this process, or spread over actors."""
     index = index_of(settings, options.version, candidate=options.candidate)
     if not options.actors:
@@ -253,8 +244,8 @@ def _rows(
     for place, (key, id_, distance) in enumerate(zip(keys, ids.tolist(), distances.tolist(), strict=True)):
         if options.exclude_self and key == query.key:
             continue
-        row = {"key": key, "id": str(id_), "distance": distance, "uri": picture_uri(collection, key)}
-        rows.append(row if scores is None else {**row, "score": float(scores[place])})
+        hit = {"key": key, "id": str(id_), "distance": distance, "uri": collection and collection.picture_uri(key)}
+        rows.append(hit if scores is None else {**hit, "score": float(scores[place])})
     return rows
 
 
@@ -263,7 +254,7 @@ def measured(index: Index, engine: engines.Engine | str, options: SearchOptions)
 
     Shards are opened and the engine's own files built before the clock runs.
     """
-    codes_QW = _drawn(index, options.recall)
+    codes_QW = _even_sample(index, options.recall)
     k = min(options.k, index.rows)
     seconds, found = {}, {}
     for name, looked_at in (("engine", engine), ("scan", "scan")):
@@ -276,7 +267,7 @@ def measured(index: Index, engine: engines.Engine | str, options: SearchOptions)
     return {"engine": options.engine, "k": k, "queries": len(codes_QW), f"recall@{k}": share, **times}
 
 
-def _drawn(index: Index, count: int) -> Codes:
+def _even_sample(index: Index, count: int) -> Codes:
     """Codes of about `count` live rows at even distances: rows are sorted by id, which is a hash."""
     view, rows = index.view, sum(shard.rows for shard in index.view.shards)
     wanted = np.unique(np.linspace(0, max(rows - 1, 0), min(count, rows)).astype(np.int64))
@@ -295,18 +286,13 @@ def _sheet(index: Index, found: Sequence[dict[str, Any]], options: SearchOptions
     rows = []
     for one in found:
         own = Path(options.image).read_bytes() if "image" in one else pictures.get(one.get("key", ""))
-        figures = [
-            _HIT.format(
-                picture=picture_tag(pictures.get(hit["key"])), key=html.escape(hit["key"]), distance=_shown(hit)
-            )
-            for hit in one["hits"]
-        ]
-        query = html.escape(one.get("key") or one.get("image") or one["code"])
-        rows.append(_ROW.format(query=query, picture=picture_tag(own), figures="".join(figures)))
-    return _SHEET.format(index=html.escape(index.uri), version=index.version, rows="".join(rows))
+        query = Picture(own, [one.get("key") or one.get("image") or one["code"]], "query")
+        hits = [Picture(pictures.get(hit["key"]), [hit["key"], _distance(hit)]) for hit in one["hits"]]
+        rows.append(side_by_side([query, *hits]))
+    return page(f"Search in {index.uri}, version {index.version}", "".join(rows))
 
 
-def _shown(hit: dict[str, Any]) -> str:
+def _distance(hit: dict[str, Any]) -> str:
     return f"{hit['distance']}" + (f" ({hit['score']:.4f})" if "score" in hit else "")
 
 

@@ -20,7 +20,6 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from hashdist.commands.pictures import picture_uri
 from hashdist.ground import telemetry
 from hashdist.ground.errors import HashdistError, InvalidInput
 from hashdist.ground.settings import ServiceSettings
@@ -403,7 +402,9 @@ class _Answers:
                 continue
             shown = f"pictures/{_quoted(key)}" if served.pictures is not None else None
             hit = {"key": key, "id": str(id_), "distance": distance, "picture": shown}
-            hits.append({**hit, "uri": picture_uri(served.pictures, key)} if self._settings.uris else hit)
+            if self._settings.uris:
+                hit["uri"] = served.pictures.picture_uri(key) if served.pictures else None
+            hits.append(hit)
         return hits[:depth], asked.radius is not None and within >= depth and within == len(found.ids)
 
     async def picture(self, request: Request, key: str, side: int) -> Response:

@@ -129,8 +129,8 @@ def test_grad_cam_of_queries_and_of_what_they_find(tmp_path: Path) -> None:
     pictures = {f"{i}.png": png(i) for i in range(4)} | {"broken.png": b"no picture"}
     results = [("1.png", 1, True), ("gone.png", 2, None), ("broken.png", 2, None), ("2.png", 3, False)]
     codes = np.random.default_rng(0).integers(0, 256, (3, 2), np.uint8)
-    found = report._Found(["0.png", "broken.png", "3.png"], codes, [results, results, results[:1]], pictures)
-    figure = report._explained(model, found)
+    found = report._Retrieved(["0.png", "broken.png", "3.png"], codes, [results, results, results[:1]], pictures)
+    figure = report._gradcam_figure(model, found)
     captions = [axes.get_title() for axes in figure.axes if axes.images]
     assert captions == ["query", "query", "1 bits", "3 bits", "query", "query", "1 bits"]
     images = [axes.images[0].get_array() for axes in figure.axes if axes.images]

@@ -68,3 +68,14 @@ def test_a_search_works_where_no_cache_folder_can_be_written(tmp_path: Path) -> 
         [sys.executable, "-c", READ_ONLY], capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+
+
+COMMANDS = ("index", "search", "protocol", "purge", "storage", "dedup")
+LIGHT = ["hashdist.cli", "hashdist.reindex.run", *(f"hashdist.commands.{name}" for name in COMMANDS)]
+HEAVY = {"torch", "ray", "sklearn", "matplotlib", "faiss"}
+
+
+def test_what_a_cron_or_an_operator_runs_is_light_when_it_is_imported() -> None:
+    code = f"import sys, {', '.join(LIGHT)}; print(*{HEAVY} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == []

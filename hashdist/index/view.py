@@ -21,9 +21,10 @@ from hashdist.index.notes import last_of_each, read_seen
 from hashdist.index.search.engines import Engine
 from hashdist.index.search.filters import Filter, Searched, Selection, Selections
 from hashdist.index.search.rerank import features
-from hashdist.index.search.tables import Use, tables_of, within_of
+from hashdist.index.search.tables import Use, tables_of
 from hashdist.index.shards.shard import Shard, local_file, map_npy, opening, read_salts
 from hashdist.nearest import scan
+from hashdist.nearest.tables import within_of
 from hashdist.store.commit import Log, Version
 
 _READ_AT_ONCE = 16

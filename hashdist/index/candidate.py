@@ -1,16 +1,13 @@
 """The gate before a commit, and the candidate that waits where it refuses (docs/promotion.md)."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hashdist.ground import telemetry
 from hashdist.ground.errors import NotFound, Refused
 from hashdist.index.manifest import CONTENT, KEPT, content, successor
 from hashdist.index.view import View
 from hashdist.store.commit import Version
-
-if TYPE_CHECKING:
-    pass
 
 Gate = Callable[[View, View], dict[str, Any]]
 """(served, proposed) -> report: `passed`, `checks` (name, passed, value, limit, text of each), and, where they were

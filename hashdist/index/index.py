@@ -16,19 +16,20 @@ from hashdist.ground import telemetry
 from hashdist.ground.bits import check_bits
 from hashdist.ground.errors import AlreadyExists, Conflict, InvalidInput, NotFound
 from hashdist.ground.ranges import blocks
-from hashdist.index import candidate as candidate_module
-from hashdist.index.candidate import Gate
+from hashdist.index.candidate import Gate, as_content, gated, refused
 from hashdist.index.change import Applied, Change, OnExisting, Plan, checked_columns, checked_keys, some
 from hashdist.index.manifest import CONTENT, files, first, is_expired, resolve, rewritten, stamped, successor
 from hashdist.index.notes import FOLDER, MOST_FILES, SEEN, SUFFIX, last_of_each, read_seen, write_seen
 from hashdist.index.search import rerank as second_stage
-from hashdist.index.search import where as where_module
-from hashdist.index.search.engines import Engine, find_engine
+from hashdist.index.search.engine import Engine
+from hashdist.index.search.engines import by_radius, find_engine
 from hashdist.index.search.filters import Filter
+from hashdist.index.search.hits import Hits, Matches
 from hashdist.index.search.rerank import unit_rows
 from hashdist.index.search.tables import Use
+from hashdist.index.search.where import parse
 from hashdist.index.shards.shard import Rows, write_ids, write_salts, write_shard
-from hashdist.index.view import Hits, Matches, View
+from hashdist.index.view import View
 from hashdist.store import Store, open_store
 from hashdist.store.commit import CommitLost, Log, Version, open_artefact
 
@@ -83,7 +84,7 @@ def open_index(uri: str, version: int | str | None = None, *, candidate: bool = 
         record = rewritten(log.read(number).manifest, newest.manifest)
         return Index(log, Version(number, dict(record)), writable=False)
     if candidate:
-        return Index(log, candidate_module.as_content(newest, log.uri), writable=False)
+        return Index(log, as_content(newest, log.uri), writable=False)
     return Index(log, newest)
 
 
@@ -123,10 +124,13 @@ class Index:
 
     def __init__(self, log: Log, version: Version, *, writable: bool = True, before: View | None = None) -> None:
         self._log, self._writable = log, writable
-        self._view = View(log, version, before)
+        self._view = self._open(version, before)
         self._moving = threading.Lock()
         if writable:
             self._observe()
+
+    def _open(self, version: Version, before: View | None) -> View:
+        return View(self._log, version, before)
 
     def __reduce__(self) -> tuple[Callable[..., "Index"], tuple[Log, Version, bool]]:
         return _index_at, (self._log, self._view.version, self._writable)
@@ -237,7 +241,7 @@ class Index:
             NotFound: a shard's file is gone.
             Unavailable: the store does not answer.
         """
-        view, queries_QW, where, looked_at = self._view, self._codes(codes), _filter(where), find_engine(engine)
+        view, queries_QW, where, chosen = self._view, self._codes(codes), _filter(where), self._engine(engine)
         if not isinstance(k, int | np.integer) or k < 1:
             raise InvalidInput(f"k must be a whole number of at least 1, found {k!r}")
         if rerank is not None:
@@ -245,13 +249,13 @@ class Index:
             candidates = candidates or second_stage.CANDIDATES_PER_RESULT * int(k)
         if candidates and candidates < k:
             raise InvalidInput(f"there must be at least k = {k} candidates, found {candidates}")
-        matching = view.matching(where)
+        matching = chosen.matching(view, where)
         k = min(int(k), matching)
         depth = k if rerank is None else min(int(candidates), matching)
         ids, distances = np.empty((len(queries_QW), k), np.int64), np.empty((len(queries_QW), k), np.int32)
         scores = None if rerank is None else np.empty((len(queries_QW), k), np.float64)
         for start, stop in blocks(len(queries_QW) if k else 0, max(1, _RESULTS_AT_ONCE // max(depth, 1))):
-            found = view.nearest(queries_QW[start:stop], depth, where, looked_at)
+            found = chosen.nearest(view, queries_QW[start:stop], depth, where)
             if rerank is not None and scores is not None:
                 found, scores[start:stop] = second_stage.ranked(view, rerank[start:stop], found, k)
             ids[start:stop], distances[start:stop] = found.rows_QK, found.distances_QK
@@ -276,21 +280,26 @@ class Index:
         """
         if tables not in get_args(Use):
             raise InvalidInput(f"tables must be auto, on or off, found {tables!r}")
-        view, queries_QW, where, looked_at = self._view, self._codes(codes), _filter(where), find_engine(engine)
-        if looked_at is not None and not looked_at.by_radius:
-            raise InvalidInput(f"{engine} does not search by radius; use scan, multihash, faiss or torch")
+        view, queries_QW, where = self._view, self._codes(codes), _filter(where)
+        chosen = self._engine(engine, tables=tables)
+        if not chosen.by_radius:
+            raise InvalidInput(f"{engine} does not search by radius; use {' or '.join(by_radius())}")
         if not isinstance(radius, int | np.integer) or radius < 0:
             raise InvalidInput(f"the radius must be a whole number of at least 0, found {radius!r}")
-        return view.within(queries_QW, int(radius), where, looked_at, tables)
+        found = chosen.within(view, queries_QW, int(radius), where)
+        return Matches(found.offsets, found.rows, found.distances, view)
+
+    def _engine(self, engine: str | Engine, **knobs: Any) -> Engine:
+        return find_engine(engine, **knobs)
 
     def codes_of(self, keys: Sequence[str]) -> NDArray[np.uint8]:
         """The codes of these images, uint8 [N, L/8]. Raises NotFound for keys that are not in the index."""
         view = self._view
-        places = view.find(checked_keys(keys, distinct=False))
-        missing = [key for key, there in zip(keys, places.present, strict=True) if not there]
+        codes, there = view.codes_of(checked_keys(keys, distinct=False))
+        missing = [key for key, present in zip(keys, there, strict=True) if not present]
         if missing:
             raise NotFound(f"every key must be in {self.uri}, version {view.number}; {some(missing)} are not")
-        return view.codes(places)
+        return codes
 
     def keys(self) -> Iterator[str]:
         """The keys of all live rows, shard by shard."""
@@ -478,7 +487,7 @@ class Index:
                 self._advance(view)
                 return None
             if gate is not None:
-                record = candidate_module.gated(view, record, gate)
+                record = gated(view, record, gate)
             try:
                 version = self._log.commit(record, view.number)
             except CommitLost:
@@ -487,7 +496,7 @@ class Index:
                 continue
             self._advance(View(self._log, version, view))
             if gate is not None and "candidate" in record:
-                raise candidate_module.refused(self.uri, record["candidate"]["gate"])
+                raise refused(self.uri, record["candidate"]["gate"])
             return version.number
         raise Conflict(f"{self.uri}: other writers were first in {_TRIES} tries; run again when it is quieter")
 
@@ -496,7 +505,7 @@ class Index:
         before = self.version
         newest = self._newest()
         if newest.number > before:
-            self._advance(View(self._log, newest, self._view))
+            self._advance(self._open(newest, self._view))
         return newest.number > before
 
     def _newest(self) -> Version:
@@ -611,4 +620,4 @@ def _model(model: str | None) -> tuple[str | None, str | None]:
 
 
 def _filter(where: Filter | str | None) -> Filter | None:
-    return where_module.parse(where) if isinstance(where, str) else where
+    return parse(where) if isinstance(where, str) else where

@@ -8,18 +8,16 @@ candidate leaves by `promote`, by `discard`, or when a later proposal passes (do
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hashdist.ground.errors import Conflict
+from hashdist.index.candidate import ROWS_STAY, Gate, as_content, candidate_of, refused
+from hashdist.index.index import Index
 from hashdist.index.manifest import content, successor
 from hashdist.index.view import View
 
-if TYPE_CHECKING:
-    from hashdist.index.index import Index
-from hashdist.index.candidate import ROWS_STAY, Gate, as_content, candidate_of, refused
 
-
-def promote(index: "Index", gate: Gate | None = None, *, force: bool = False, reason: str = "") -> int:
+def promote(index: Index, gate: Gate | None = None, *, force: bool = False, reason: str = "") -> int:
     """Serve the candidate, in one commit.
 
     Args:
@@ -62,7 +60,7 @@ def promote(index: "Index", gate: Gate | None = None, *, force: bool = False, re
     return version
 
 
-def discard(index: "Index") -> int:
+def discard(index: Index) -> int:
     """Drop the candidate, in one commit; returns the new version. Raises NotFound where none waits."""
 
     def propose(view: View, _tried: int) -> dict[str, Any]:

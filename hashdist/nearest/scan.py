@@ -270,6 +270,19 @@ def bitmap(rows: NDArray[np.int64], n: int) -> NDArray[np.uint8] | None:
     return np.packbits(flags, bitorder="little")
 
 
+def alive(dead: NDArray[np.uint8] | None, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of these rows the bitmap does not leave out."""
+    if dead is None:
+        return np.ones(rows.shape, np.bool_)
+    flags: NDArray[np.bool_] = (dead[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1 == 0
+    return flags
+
+
+def live(dead: NDArray[np.uint8] | None, n: int) -> NDArray[np.int64]:
+    """The rows of n that the bitmap does not leave out, ascending."""
+    return np.arange(n) if dead is None else np.flatnonzero(np.unpackbits(dead, count=n, bitorder="little") == 0)
+
+
 def addressable(part: Part) -> Part:
     """The same with arrays that can be read by address."""
     codes_NW, ids_N, dead = part

@@ -5,27 +5,22 @@ Tables lie in the local cache, named by the checksum of the shard's codes, and a
 written, in memory.
 """
 
-import hashlib
-import os
 import threading
 from pathlib import Path
 from typing import Literal
-from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from hashdist.ground.progress import say
+from hashdist.index.search.derived import load_or_build
 from hashdist.index.shards.shard import Shard, map_npy
 from hashdist.nearest import tables as arrays
 from hashdist.nearest.tables import Tables
-from hashdist.store.cache import cache_folder
 
 Use = Literal["auto", "on", "off"]
 
 _FEWEST_ROWS = 1 << 14  # a smaller shard is scanned in microseconds
 _BUILD_AFTER = 1024  # radius queries that a shard is asked before `auto` builds
-_DIGEST = 16  # hexadecimal digits of a file's own checksum, in its name
 
 
 def tables_of(shard: Shard, queries: int, use: Use) -> Tables | None:
@@ -59,29 +54,26 @@ def _held_of(shard: Shard) -> _Held:
 
 
 def _load_or_build(shard: Shard) -> Tables:
-    """From the local cache, checked; else built and put there."""
     pieces, bits = arrays.shape_of(*shard.codes.shape)
-    stem, folder = f"{shard.digest('codes')}-{pieces}x{bits}-", cache_folder() / "radius"
     shape = (pieces, 2**bits + 1 + shard.rows)
-    for path in sorted(folder.glob(f"{stem}*.npy")) if folder.is_dir() else []:
-        if path.stem.removeprefix(stem) == _checksum(path):
-            data = map_npy(path)
-            if data.dtype == np.uint32 and data.shape == shape:
-                return Tables(pieces, bits, data)
-    tables = arrays.build(shard.codes)
-    fresh = folder / f"{stem}{uuid4().hex}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with fresh.open("wb") as file:
-            np.save(file, tables.data)
-        path = folder / f"{stem}{_checksum(fresh)}.npy"
-        os.replace(fresh, path)
-        return tables._replace(data=map_npy(path))
-    except OSError as error:
-        say(f"search: the radius tables of a shard are kept in memory only, {folder} cannot be written: {error}")
-        return tables
+
+    def read(path: Path) -> Tables | None:
+        data = map_npy(path)
+        return Tables(pieces, bits, data) if data.dtype == np.uint32 and data.shape == shape else None
+
+    return load_or_build(
+        shard,
+        "radius",
+        f"{pieces}x{bits}.npy",
+        read=read,
+        build=lambda: arrays.build(shard.codes),
+        write=_write,
+        said="the radius tables of a shard are",
+    )
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGEST]
+def _write(tables: Tables, path: Path) -> Tables:
+    """The same, mapped: a file stays mapped when it is renamed."""
+    with path.open("wb") as file:
+        np.save(file, tables.data)
+    return tables._replace(data=map_npy(path))

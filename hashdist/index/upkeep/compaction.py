@@ -29,6 +29,7 @@ from hashdist.index.manifest import stamped, successor
 from hashdist.index.shards.merging import Piece, merge, unified
 from hashdist.index.shards.shard import files, write_ids, write_salts
 from hashdist.index.view import View
+from hashdist.nearest import scan
 from hashdist.store.commit import Log, Names
 
 _PLANS = 4
@@ -200,10 +201,8 @@ class _Plan:
 
 
 def _live(view: View, number: int) -> Piece:
-    rows = np.arange(view.shards[number].rows)
-    dead = view.dead_rows(number)
     entry, shard = view.manifest["shards"][number], view.shards[number]
-    return Piece(view.log.store, entry, shard, np.delete(rows, dead) if len(dead) else rows)
+    return Piece(view.log.store, entry, shard, scan.live(view.dead(number), shard.rows))
 
 
 def _wanted(piece: Piece, settings: IndexSettings) -> bool:

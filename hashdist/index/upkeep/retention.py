@@ -45,13 +45,11 @@ from hashdist.index.manifest import (
     rewritten,
     successor,
 )
-from hashdist.index.pins import Clock, Pin, Pins, pinned, read_pins, store_time
+from hashdist.index.pins import Clock, Pins, read_pins, store_time
 from hashdist.index.shards.shard import files as shard_files
 from hashdist.index.view import View
 from hashdist.store.base import Entry, Store
 from hashdist.store.commit import Log, Version
-
-__all__ = ["Pin", "Vacuumed", "pinned", "rollback", "seconds", "store_time", "tag", "untag", "vacuum"]
 
 LEAST_AGE_S = 3600.0
 """A vacuum of what is younger than this must be forced."""

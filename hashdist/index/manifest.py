@@ -74,7 +74,7 @@ def successor(
             f"a clean-up after version {head.number} took this writer for dead and may have deleted what it wrote "
             f"(attempt {min(revoked)}); nothing was committed; run again"
         )
-    if any(entry["path"] in log.get("rewrites", {}) for name in LISTS for entry in record.get(name, ())):
+    if any(entry["path"] in log.get("rewrites", {}) for _, entry in entries_of(record)):
         raise Conflict(
             f"images were erased from all versions up to {head.number}, and the content to be committed is from before "
             "that; nothing was committed; run again"
@@ -109,20 +109,32 @@ def stamped(entries: Iterable[Entry], number: int) -> list[dict[str, Any]]:
     return [{**entry, "version": number} for entry in entries]
 
 
+def entries_of(content: Manifest) -> Iterator[tuple[str, Entry]]:
+    """The entries of the lists of a record's content, each with the name of its list."""
+    return ((name, entry) for name in LISTS for entry in content.get(name) or ())
+
+
+def with_candidate(manifest: Manifest) -> list[Manifest]:
+    """A record, and the candidate that waits in it, if there is one."""
+    return [manifest, *([manifest["candidate"]] if manifest.get("candidate") else [])]
+
+
+def files_of(entry: Entry) -> Iterable[Entry]:
+    """The files of an entry: a shard has several."""
+    return shard_files(entry) if "parts" in entry else (entry,)
+
+
 def files(manifest: Manifest) -> Iterator[Entry]:
     """Every data file that a record names, of its candidate and its rewrites too."""
-    for part in (manifest, manifest.get("candidate") or {}):
-        for shard in part.get("shards", ()):
-            yield from shard_files(shard)
-        yield from part.get("tombstones", ())
-        yield from part.get("salts", ())
-        yield from part.get("seen", ())
-        yield from [part["sources"]] if part.get("sources") else []
+    for part in with_candidate(manifest):
+        for _, entry in entries_of(part):
+            yield from files_of(entry)
+        if part.get("sources"):
+            yield part["sources"]
     if manifest.get("probes"):
         yield manifest["probes"]
-    for entry in manifest.get("rewrites", {}).values():
-        if entry is not None:
-            yield from shard_files(entry) if "parts" in entry else [entry]
+    for rewritten_entry in filter(None, manifest.get("rewrites", {}).values()):
+        yield from files_of(rewritten_entry)
 
 
 def attempt_of(path: str) -> str:

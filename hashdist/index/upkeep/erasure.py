@@ -16,7 +16,7 @@ files go. Only then are these deleted. A purge that was killed in between is fin
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,11 +34,19 @@ from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ids import image_ids
 from hashdist.index.change import checked_keys
 from hashdist.index.index import Index
-from hashdist.index.manifest import LISTS, files, is_expired, rewritten, successor
+from hashdist.index.manifest import (
+    LISTS,
+    entries_of,
+    files,
+    files_of,
+    is_expired,
+    rewritten,
+    successor,
+    with_candidate,
+)
 from hashdist.index.notes import FOLDER, SUFFIX, read_seen, write_seen
 from hashdist.index.shards.merging import Piece, merge
 from hashdist.index.shards.shard import Shard, local_file, map_npy, read_salts, write_ids, write_salts
-from hashdist.index.shards.shard import files as shard_files
 from hashdist.index.view import View
 from hashdist.store.cache import cache_folder
 from hashdist.store.commit import read_table
@@ -186,7 +194,7 @@ class _Purge:
 
     def _record(self, view: View, counts: Mapping[int, int], candidate: Record | None) -> dict[str, Any]:
         head, plan = view.manifest, self.plan
-        paths = [file["path"] for entry in [*plan.old, *plan.deleted] for file in _files(entry)]
+        paths = [file["path"] for entry in [*plan.old, *plan.deleted] for file in files_of(entry)]
         before = {n: sum(r for a, b, r in head.get("erased", ()) if a <= n <= b) for n in counts}
         kept: dict[str, Any] = {
             "rewrites": self._rewrites(head, counts) or None,
@@ -207,7 +215,7 @@ class _Purge:
         before = {
             path: entry and replaced.get(entry["path"], entry) for path, entry in head.get("rewrites", {}).items()
         }
-        named = {e["path"] for n in counts for name in LISTS for e in self._records[n].get(name, ())}
+        named = {entry["path"] for number in counts for _, entry in entries_of(self._records[number])}
         return {path: entry for path, entry in {**before, **replaced}.items() if path in named}
 
     def _listed(self) -> set[str]:
@@ -274,7 +282,7 @@ class _Purge:
         """Entries that no reader gets to any more, and that hold an image if they are still there."""
         named: dict[tuple[str, str], Entry] = {}
         for record in self._records.values():
-            named |= _entries([record, *([record["candidate"]] if record.get("candidate") else [])])
+            named |= _entries(with_candidate(record))
             again = [entry for entry in record.get("rewrites", {}).values() if entry]
             named |= {("shards" if "parts" in e else e["path"].partition("/")[0], e["path"]): e for e in again}
         gone = head.get("rewrites", {})
@@ -284,7 +292,7 @@ class _Purge:
         return found + [e for path, e in probes.items() if path in self._stored and path != (kept or {}).get("path")]
 
     def _holds(self, name: str, entry: Entry) -> bool:
-        if not all(file["path"] in self._stored for file in _files(entry)):
+        if not all(file["path"] in self._stored for file in files_of(entry)):
             return False
         if name == "shards":
             return bool(len(self._in_shard(entry)[0].rows))
@@ -362,9 +370,8 @@ class _Purge:
                 self._records[number] = self._log.read(number).manifest
         condemned = {path for record in self._records.values() for path in record.get("purge", {}).get("delete", ())}
         stored = self._listed()
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(self._store.delete, sorted(condemned & stored)))
-        named = [file for entry in _everything(self._records.values()) for file in _files(entry)]
+        self._store.delete_all(sorted(condemned & stored))
+        named = [file for entry in _everything(self._records.values()) for file in files_of(entry)]
         forget(file["sha256"] for file in named if file["path"] in condemned)
         return len(condemned & stored), len(stored - condemned - {file["path"] for file in named})
 
@@ -372,12 +379,10 @@ class _Purge:
 def _entries(records: Iterable[Record]) -> dict[tuple[str, str], Entry]:
     """The entries that records name, by list and path; of one path the one with most parts."""
     found: dict[tuple[str, str], Entry] = {}
-    for record in records:
-        for name in LISTS:
-            for entry in record.get(name) or ():
-                known = found.get((name, entry["path"]))
-                if known is None or len(entry.get("parts", ())) > len(known.get("parts", ())):
-                    found[name, entry["path"]] = entry
+    for name, entry in (one for record in records for one in entries_of(record)):
+        known = found.get((name, entry["path"]))
+        if known is None or len(entry.get("parts", ())) > len(known.get("parts", ())):
+            found[name, entry["path"]] = entry
     return found
 
 
@@ -385,16 +390,12 @@ def _everything(records: Iterable[Record]) -> list[Entry]:
     """Every entry of a data file or shard that records name, once: thousands of records name the same shards."""
     found: dict[str, Entry] = {}
     for record in records:
-        parts = [record, *([record["candidate"]] if record.get("candidate") else [])]
+        parts = with_candidate(record)
         found |= {entry["path"]: entry for entry in _entries(parts).values()}
         for part in parts:
             others = {name: value for name, value in part.items() if name not in (*LISTS, "candidate")}
             found |= {entry["path"]: entry for entry in files(others)}
     return list(found.values())
-
-
-def _files(entry: Entry) -> Iterator[Entry]:
-    yield from shard_files(entry) if "parts" in entry else [entry]
 
 
 def _runs(rows: Mapping[int, int]) -> list[list[int]] | None:

@@ -128,8 +128,7 @@ def vacuum_artefacts(
         count = found.deleted.setdefault(reason, [0, 0])
         count[0], count[1] = count[0] + 1, count[1] + entry.size
     if not dry_run:
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(lambda step: root.delete(step.entry.name), steps))
+        root.delete_all(step.entry.name for step in steps)
     return found
 
 

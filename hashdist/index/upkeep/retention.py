@@ -39,6 +39,7 @@ from hashdist.index.manifest import (
     LISTS,
     attempt_of,
     content,
+    files_of,
     kept_numbers,
     ranges,
     resolve,
@@ -46,7 +47,6 @@ from hashdist.index.manifest import (
     successor,
 )
 from hashdist.index.pins import Clock, Pins, read_pins, store_time
-from hashdist.index.shards.shard import files as shard_files
 from hashdist.index.view import View
 from hashdist.store.base import Entry, Store
 from hashdist.store.commit import Log, Version
@@ -359,7 +359,7 @@ class _Look:
         parts = entry.get("parts", {})
         same = (entry["path"], *parts, *(own for _, _, *more in parts.values() for own in more))
         if same not in self._known:
-            self._known[same] = frozenset(e["path"] for e in (shard_files(entry) if parts else [entry]))
+            self._known[same] = frozenset(file["path"] for file in files_of(entry))
         return self._known[same]
 
     def _content(self, manifest: Mapping[str, Any], head: Version) -> set[str]:
@@ -390,18 +390,10 @@ def _entries(value: Any) -> Iterator[Mapping[str, Any]]:
 
 def _delete(store: Store, garbage: Sequence[_Garbage]) -> tuple[list[_Garbage], str]:
     """Delete files; returns those that are gone, and why others are not."""
-
-    def delete(one: _Garbage) -> str:
-        try:
-            store.delete(one.entry.name)
-        except HashdistError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        failures = list(pool.map(delete, garbage))
-    done = [one for one, failure in zip(garbage, failures, strict=True) if not failure]
-    return done, next(filter(None, failures), "")
+    failed: dict[str, HashdistError] = {}
+    store.delete_all((one.entry.name for one in garbage), failed)
+    done = [one for one in garbage if one.entry.name not in failed]
+    return done, next((str(failed[one.entry.name]) for one in garbage if one.entry.name in failed), "")
 
 
 def _result(plan: _Plan, done: Iterable[_Garbage], **more: Any) -> Vacuumed:

@@ -22,7 +22,7 @@ from hashdist.ground.errors import Corrupt, HashdistError, NotFound
 from hashdist.ground.progress import Progress
 from hashdist.ground.ranges import blocks
 from hashdist.index.index import Index
-from hashdist.index.manifest import LISTS, content, files, kept_numbers, rewritten
+from hashdist.index.manifest import content, entries_of, files, kept_numbers, rewritten
 from hashdist.index.shards.shard import Shard, map_npy, parts
 from hashdist.store import Store, open_store
 from hashdist.store.commit import Log, digest
@@ -144,7 +144,7 @@ class _Named:
         versions: dict[str, list[str]] = {}  # one list for all files of an entry: versions share most entries
         known: dict[tuple[str, ...], list[str]] = {}
         for version, record in contents.items():
-            for entry in (entry for name in LISTS for entry in record.get(name, ())):
+            for _, entry in entries_of(record):
                 unit = (entry["path"], *entry.get("parts", {}))
                 if unit not in known:
                     known[unit] = []

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hashdist.ground.errors import Conflict
-from hashdist.index.candidate import ROWS_STAY, Gate, as_content, candidate_of, refused
+from hashdist.index.candidate import ROWS_STAY, Gate, as_content, candidate_of, refusal
 from hashdist.index.index import Index
 from hashdist.index.manifest import content, successor
 from hashdist.index.view import View
@@ -48,7 +48,7 @@ def promote(index: Index, gate: Gate | None = None, *, force: bool = False, reas
             quality, report = asked.pop("quality", None), {k: v for k, v in asked.items() if k != "probes"}
             new |= {"quality": quality} if quality else {}
         if not report["passed"] and not force:
-            raise refused(view.uri, report)
+            raise refusal(view.uri, report)
         failed = [check["name"] for check in report["checks"] if not check["passed"]]
         about = {**candidate["about"], "gate": report, "promoted": {"upon": candidate["upon"]}}
         if force:

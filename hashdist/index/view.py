@@ -80,7 +80,7 @@ class View:
     def __reduce__(self) -> tuple[type["View"], tuple[Log, Version]]:
         return View, (self.log, self.version)
 
-    # What is hidden
+    # Hidden rows
 
     @cached_property
     def tombstones(self) -> list[tuple[int, NDArray[np.int64]]]:
@@ -198,7 +198,7 @@ class View:
             yield number, which, places.take(which)
 
     def notes(self, ids: NDArray[np.int64]) -> pa.Table:
-        """What was seen of these images without a row of it (hashdist/index/notes.py): the last note about each."""
+        """The last note about each of these images (hashdist/index/notes.py)."""
         tables = (read_seen(self.log.store, entry) for entry in self.manifest.get("seen", ()))
         return last_of_each(table.filter(pc.is_in(table["id"], pa.array(ids, pa.int64()))) for table in tables)
 

@@ -6,8 +6,8 @@ differs in at most r // m; more sharply (the paper's proposition 2), if r = m a 
 differs in at most a bits or one of the others in at most a - 1. Which pieces are those b + 1 is chosen per query, by
 the sizes of their buckets. So for r < m no piece needs a flip, and only r + 1 of the pieces are looked up.
 
-What is found in the buckets is compared in full, and dead rows are left out: the answer is the scan's. How many rows
-that will be is known from the offsets of the buckets before one of them is looked at. A query for which it would cost
+Rows found in the buckets are compared in full, and dead rows are left out: the answer is the scan's. Their number is
+known from the offsets of the buckets before one of them is looked at. A query for which it would cost
 more than the scan is left to the scan, so codes in a few heaps are no slower than without tables.
 
 hashdist/index/search/tables.py decides which shards get tables, and keeps them.
@@ -59,7 +59,7 @@ def build(codes_NW: NDArray[np.uint8]) -> Tables:
 
 
 def shape_of(rows: int, width: int) -> tuple[int, int]:
-    """Number of pieces and bits of a piece for so many rows of so many bytes."""
+    """Number of pieces and bits of a piece for `rows` codes of `width` bytes."""
     longest = max(1, rows.bit_length() - 1)
     pieces = min(-(-8 * width // longest), _MOST_PIECES)
     return pieces, min(8 * width // pieces, longest)
@@ -84,7 +84,7 @@ def within_of(
     for some, which in ((without, np.flatnonzero(~left_Q)), (list(parts), np.flatnonzero(left_Q))):
         if some and len(which):
             ball = scan.within_of(some, queries_QW[which], radius, threads=threads)
-            found.append(scan.Found(np.repeat(which, np.diff(ball.offsets)), ball.rows, ball.distances))
+            found.append(scan.Pairs(np.repeat(which, np.diff(ball.offsets)), ball.rows, ball.distances))
     return scan.ball(found, len(queries_QW), levels, threads=threads)
 
 
@@ -94,21 +94,21 @@ def _look_up(
     levels: int,
     most_rows: int,
     threads: int,
-) -> tuple[list[scan.Found], NDArray[np.bool_]]:
-    """What the queries find by tables, and which of them would have to be compared with more than so many rows."""
+) -> tuple[list[scan.Pairs], NDArray[np.bool_]]:
+    """Pairs that the queries find by tables, and which queries would have to be compared with more than `most_rows`."""
     held = [(scan.addressable(part), own) for part, own in have]
     places_SX = np.array([_places(part, own) for part, own in held], np.int64)
     masks, upto = _masks(max(own.bits for _, own in have), max((levels - 1) // own.pieces for _, own in have))
     queries, words_Q = np.ascontiguousarray(queries_QW), scan.in_words(queries_QW)
     left_Q = np.zeros(len(queries), np.bool_)
 
-    def search(first: int, stop: int) -> scan.Found:
+    def search(first: int, stop: int) -> scan.Pairs:
         asked, words = queries[first:stop], words_Q[first:stop]
         numbers, ids, distances = _find(
             places_SX, asked, asked.ctypes.data, words, (0,) * words.shape[1], masks, upto, levels, most_rows,
             left_Q[first:stop],
         )  # fmt: skip
-        return scan.Found(numbers + first, ids, distances)
+        return scan.Pairs(numbers + first, ids, distances)
 
     tasks = [partial(search, *batch) for batch in blocks(len(queries), _QUERIES_PER_TASK)]
     return spread(tasks, threads), left_Q
@@ -127,13 +127,13 @@ def _probes(tables: Tables, radius: int) -> int:
 
 
 def _balls(bits: int, flips: int) -> int:
-    """Number of pieces within so many flips of one."""
+    """Number of pieces within `flips` flips of one."""
     return sum(comb(bits, f) for f in range(flips + 1))
 
 
 @lru_cache(maxsize=64)
 def _masks(bits: int, flips: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Pieces with at most so many bits set, the fewest first, and how many have at most 0, 1, ... of them."""
+    """Pieces with at most `flips` bits set, the fewest first, and how many have at most 0, 1, ... of them."""
     masks = [sum(1 << bit for bit in chosen) for f in range(flips + 1) for chosen in combinations(range(bits), f)]
     return np.array(masks, np.uint32), np.array([_balls(bits, f) for f in range(flips + 1)], np.int64)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hashdist.ground.errors import Corrupt, InvalidInput
 from hashdist.index.search import filters
-from hashdist.index.search.filters import Filter, Searched
+from hashdist.index.search.filters import Filter, Searchable
 from hashdist.index.shards.shard import Shard, opening
 from hashdist.index.view import View
 from hashdist.nearest import scan
@@ -67,7 +67,7 @@ class ByShard(Engine):
         """The k nearest of the rows that are found in the shards."""
         best = _nothing(len(queries_QW))
         for number in opening(view.shards):
-            shard, searched = view.shards[number], filters.searched(view, number, where)
+            shard, searched = view.shards[number], filters.searchable(view, number, where)
             if len(searched.ids_N):
                 found = self.nearest_in(shard, searched, queries_QW, k)
                 found = found._replace(rows_QK=searched.ids_N[found.rows_QK.clip(min=0)])
@@ -78,17 +78,17 @@ class ByShard(Engine):
         """See Engine."""
         found = []
         for number in opening(view.shards):
-            shard, searched = view.shards[number], filters.searched(view, number, where)
+            shard, searched = view.shards[number], filters.searchable(view, number, where)
             if len(searched.ids_N):
                 ball = self.within_in(shard, searched, queries_QW, radius)
                 found.append(ball._replace(rows=searched.ids_N[ball.rows]))
         return join(found, len(queries_QW))
 
     @abstractmethod
-    def nearest_in(self, shard: Shard, searched: Searched, queries_QW: Codes, k: int) -> scan.Nearest:
+    def nearest_in(self, shard: Shard, searched: Searchable, queries_QW: Codes, k: int) -> scan.Nearest:
         """The k nearest rows of a shard; "rows" are its rows."""
 
-    def within_in(self, shard: Shard, searched: Searched, queries_QW: Codes, radius: int) -> scan.Ball:  # noqa: ARG002
+    def within_in(self, shard: Shard, searched: Searchable, queries_QW: Codes, radius: int) -> scan.Ball:  # noqa: ARG002
         """The rows of a shard within the radius, for engines that search by radius."""
         raise InvalidInput(f"{self} does not search by radius; use another engine")
 

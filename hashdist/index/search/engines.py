@@ -1,4 +1,4 @@
-"""Engines by name: what looks at the codes. A new one is a file beside this one, and a line of `ENGINES`.
+"""Engines by name. A new one is a file beside this one, and a line of `ENGINES`.
 
 All of them answer in (distance, id) order (hashdist/index/search/engine.py). docs/search.md says which serves when.
 """

@@ -28,7 +28,7 @@ from hashdist.ground.ranges import blocks
 from hashdist.index.search import scanning
 from hashdist.index.search.derived import load_or_build
 from hashdist.index.search.engine import ByShard, Codes, first, hold
-from hashdist.index.search.filters import Filter, Searched
+from hashdist.index.search.filters import Filter, Searchable
 from hashdist.index.shards.shard import Shard
 from hashdist.index.view import View
 from hashdist.nearest import scan
@@ -43,7 +43,7 @@ _WORST_SHARE = 0.5  # of a shard's rows left out, from which an approximate engi
 class Faiss(ByShard):
     """`IndexBinaryFlat` on the shard files, with its arbitrary choice at the last distance put right."""
 
-    def nearest_in(self, shard: Shard, searched: Searched, queries_QW: Codes, k: int) -> scan.Nearest:
+    def nearest_in(self, shard: Shard, searched: Searchable, queries_QW: Codes, k: int) -> scan.Nearest:
         """See ByShard."""
         if searched.codes_NW is not shard.codes:
             return scan.nearest(searched.codes_NW, queries_QW, k, dead=searched.dead)  # a few rows, copied out
@@ -70,7 +70,7 @@ class Faiss(ByShard):
                     span = slice(int(offsets[place]), int(offsets[place + 1]))
                     yield q, (distances[span].astype(np.int32), rows[span])
 
-    def within_in(self, shard: Shard, searched: Searched, queries_QW: Codes, radius: int) -> scan.Ball:
+    def within_in(self, shard: Shard, searched: Searchable, queries_QW: Codes, radius: int) -> scan.Ball:
         """See ByShard."""
         if searched.codes_NW is not shard.codes:
             return scan.within(searched.codes_NW, queries_QW, radius, dead=searched.dead)
@@ -87,7 +87,7 @@ def _flat(shard: Shard) -> Any:
     return hold(shard, "faiss", open_flat)
 
 
-def _selector(searched: Searched) -> Any:
+def _selector(searched: Searchable) -> Any:
     """faiss's search parameters that leave out what is left out."""
     if searched.dead is None:
         return None
@@ -131,7 +131,7 @@ class Ivf(Approximate):
         if self.probes < 1 or self.lists < 0:
             raise InvalidInput(f"probes must be at least 1 and lists at least 0, found {self.probes} and {self.lists}")
 
-    def nearest_in(self, shard: Shard, searched: Searched, queries_QW: Codes, k: int) -> scan.Nearest:
+    def nearest_in(self, shard: Shard, searched: Searchable, queries_QW: Codes, k: int) -> scan.Nearest:
         """See ByShard."""
         lists = self.lists or max(1, isqrt(shard.rows))
         if shard.rows < 2 * lists or not _worth(shard, searched):
@@ -176,14 +176,14 @@ class MultiHash(Approximate):
         if self.flips < 0 or self.piece < 0:
             raise InvalidInput(f"flips and piece must be at least 0, found {self.flips} and {self.piece}")
 
-    def nearest_in(self, shard: Shard, searched: Searched, queries_QW: Codes, k: int) -> scan.Nearest:
+    def nearest_in(self, shard: Shard, searched: Searchable, queries_QW: Codes, k: int) -> scan.Nearest:
         """See ByShard."""
         if not _worth(shard, searched):
             return scan.nearest(searched.codes_NW, queries_QW, k, dead=searched.dead)
         index = self._index(shard, self.flips)
         return _more_and_more(lambda queries, ask: index.search(queries, ask), searched, queries_QW, k)
 
-    def within_in(self, shard: Shard, searched: Searched, queries_QW: Codes, radius: int) -> scan.Ball:
+    def within_in(self, shard: Shard, searched: Searchable, queries_QW: Codes, radius: int) -> scan.Ball:
         """See ByShard."""
         tables, piece = self._shape(shard)
         if not _worth(shard, searched) or radius // tables >= piece:
@@ -223,7 +223,7 @@ def _multihash(codes_NW: Codes, tables: int, piece: int) -> Any:
 
 def _more_and_more(
     search: Callable[[Codes, int], tuple[NDArray[np.int32], NDArray[np.int64]]],
-    searched: Searched,
+    searched: Searchable,
     queries_QW: Codes,
     k: int,
 ) -> scan.Nearest:
@@ -239,7 +239,7 @@ def _more_and_more(
         ask = min(4 * ask, rows)
 
 
-def _worth(shard: Shard, searched: Searched) -> bool:
+def _worth(shard: Shard, searched: Searchable) -> bool:
     return searched.codes_NW is shard.codes and _left_out(searched) < _WORST_SHARE * shard.rows
 
 
@@ -252,11 +252,11 @@ def _ball(parts: list[tuple[NDArray[np.int32], NDArray[np.int64]]]) -> scan.Ball
     return scan.Ball(offsets, rows, np.concatenate(distances or [np.empty(0, np.int32)]))
 
 
-def _left_out(searched: Searched) -> int:
+def _left_out(searched: Searchable) -> int:
     return 0 if searched.dead is None else int(np.bitwise_count(searched.dead[: -(-len(searched.ids_N) // 8)]).sum())
 
 
-def _alive(searched: Searched, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _alive(searched: Searchable, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which of these rows (-1: none) are not left out."""
     return (rows >= 0) & scan.alive(searched.dead, rows.clip(min=0))
 

@@ -244,8 +244,8 @@ def _digest(data: bytes) -> bytes:
 # Evaluated against a version
 
 
-class Searched(NamedTuple):
-    """What of a shard is scanned: codes and ids, row-aligned, and which of these rows are left out."""
+class Searchable(NamedTuple):
+    """Rows of a shard to be scanned: codes and ids, row-aligned, and a bitmap of rows that are left out."""
 
     codes_NW: NDArray[np.uint8]
     ids_N: NDArray[np.int64]
@@ -254,7 +254,7 @@ class Searched(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """A filter evaluated against a version: what matches, tombstones taken into account.
+    """A filter evaluated against a version: the live rows that match.
 
     Attributes:
         rows: live rows that match.
@@ -266,7 +266,7 @@ class Selection:
     rows: int
     counts: list[int]
     shards: list[NDArray[np.uint8] | None]
-    copies: dict[int, Searched]
+    copies: dict[int, Searchable]
 
 
 def matching(view: View, where: Filter | None) -> int:
@@ -274,17 +274,17 @@ def matching(view: View, where: Filter | None) -> int:
     return int(view.manifest["rows"]) if where is None else selection(view, where).rows
 
 
-def searched(view: View, number: int, where: Filter | None) -> Searched:
-    """What of a shard is scanned: its codes and ids, or copies of those that match where they are few."""
+def searchable(view: View, number: int, where: Filter | None) -> Searchable:
+    """The rows of a shard to be scanned: all of them, or copies of those that match where they are few."""
     shard = view.shards[number]
     if where is None:
-        return Searched(shard.codes, shard.ids, view.dead(number))
+        return Searchable(shard.codes, shard.ids, view.dead(number))
     chosen = selection(view, where)
-    return chosen.copies.get(number) or Searched(shard.codes, shard.ids, chosen.shards[number])
+    return chosen.copies.get(number) or Searchable(shard.codes, shard.ids, chosen.shards[number])
 
 
 def selection(view: View, where: Filter) -> Selection:
-    """What `select` gives, evaluated at the first call; the last few of a version are kept as long as it is open."""
+    """A filter, evaluated at the first call; the last few of a version are kept as long as it is open."""
     with _lock:
         kept = _selections.setdefault(view, OrderedDict())
         if where in kept:
@@ -313,5 +313,5 @@ def select(view: View, where: Filter) -> Selection:
         counts.append(len(rows))
         left_out.append(np.packbits(~matching, bitorder="little") if len(rows) < shard.rows else None)
         if len(rows) < shard.rows * _COPIED_BELOW:
-            copies[number] = Searched(shard.codes[rows], shard.ids[rows], None)
+            copies[number] = Searchable(shard.codes[rows], shard.ids[rows], None)
     return Selection(sum(counts), counts, left_out, copies)

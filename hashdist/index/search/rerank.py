@@ -41,10 +41,10 @@ def unit_rows(features_ND: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
     return rows.astype(np.float16)
 
 
-def kept(
+def describe(
     manifest: Mapping[str, Any], features_ND: NDArray[np.floating[Any]] | None, rows: int
 ) -> dict[str, Any] | None:
-    """What an index says about its features once these rows have joined it; None where it keeps none.
+    """The record of an index about its features once these rows have joined it; None where it keeps none.
 
     The first rows of an index decide whether it does.
 
@@ -85,7 +85,7 @@ def check(view: View, queries_QD: NDArray[np.floating[Any]], queries: int) -> ND
     return found if found.dtype == np.float16 else found.astype(np.float32)
 
 
-def ranked(
+def rank(
     view: View, queries_QD: NDArray[np.floating[Any]], found: scan.Nearest, k: int
 ) -> tuple[scan.Nearest, NDArray[np.float64]]:
     """The first k candidates of every query by (cosine descending, id), and their cosines.

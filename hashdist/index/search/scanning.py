@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hashdist.ground import telemetry
 from hashdist.index.search.engine import Codes, Engine
-from hashdist.index.search.filters import Filter, searched
+from hashdist.index.search.filters import Filter, searchable
 from hashdist.index.search.tables import Use, tables_of
 from hashdist.index.shards.shard import opening
 from hashdist.index.view import View
@@ -67,7 +67,7 @@ def within(view: View, queries_QW: Codes, radius: int, where: Filter | None = No
 
 
 def _parts(view: View, where: Filter | None) -> list[scan.Part]:
-    return [scan.Part(*searched(view, number, where)) for number in opening(view.shards)]
+    return [scan.Part(*searchable(view, number, where)) for number in opening(view.shards)]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ranges import blocks
 from hashdist.index.search.engine import ByShard, Codes, first, hold
-from hashdist.index.search.filters import Searched
+from hashdist.index.search.filters import Searchable
 from hashdist.index.shards.shard import Shard
 from hashdist.nearest import scan
 
@@ -28,7 +28,7 @@ class Torch(ByShard):
     device: str = "auto"
     rows_at_once: int = 1 << 16
 
-    def nearest_in(self, shard: Shard, searched: Searched, queries_QW: Codes, k: int) -> scan.Nearest:
+    def nearest_in(self, shard: Shard, searched: Searchable, queries_QW: Codes, k: int) -> scan.Nearest:
         """See ByShard."""
         torch = _torch()
         blocks_of = self._distances(shard, searched, queries_QW)
@@ -43,7 +43,7 @@ class Torch(ByShard):
         rows = np.where(ranked >> 40 <= 8 * queries_QW.shape[1], ranked & ((1 << 40) - 1), -1)
         return first((ranked >> 40).astype(np.int32), rows, k)
 
-    def within_in(self, shard: Shard, searched: Searched, queries_QW: Codes, radius: int) -> scan.Ball:
+    def within_in(self, shard: Shard, searched: Searchable, queries_QW: Codes, radius: int) -> scan.Ball:
         """See ByShard."""
         radius = min(radius, 8 * queries_QW.shape[1])
         parts: list[tuple[Any, ...]] = []
@@ -57,7 +57,7 @@ class Torch(ByShard):
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return scan.Ball(offsets, rows[order], distances[order].astype(np.int32))
 
-    def _distances(self, shard: Shard, searched: Searched, queries_QW: Codes) -> Any:
+    def _distances(self, shard: Shard, searched: Searchable, queries_QW: Codes) -> Any:
         """(first row, distances int64 [Q, rows]) by blocks; rows that are left out are beyond all distances."""
         torch = _torch()
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device

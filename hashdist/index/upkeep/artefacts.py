@@ -35,12 +35,12 @@ TABLES = ("collections", "features", "codes")
 ERASED = "erased.json"
 """Record of an artefact that is being deleted whole."""
 
-_SALTS = 8  # an id is a key's with one of so many salts; more than one collision in a row does not happen
+_SALTS = 8  # an id is a key's with one of these salts; more than one collision in a row does not happen
 _TRIES = 8
 
 
 class Artefacts(NamedTuple):
-    """What became of the artefacts of a root.
+    """Outcome of a purge for the artefacts of a root.
 
     Attributes:
         rewritten: that were written again without the images.

@@ -1,10 +1,11 @@
 """Erasure: images leave every version of an index, and its log stays whole.
 
 Records are immutable, are never deleted, and name no image. So a purge writes every data file again that holds one of
-the images and that a kept version, or the candidate, is read from, and commits one version: its content is the newest
-version's without the images, `rewrites` says for every old file which one stands in its place (older versions are
-read through it: `manifest.rewritten`), `erased` how many rows the older versions have fewer, and `purge.delete` which
-files go. Only then are these deleted. A purge that was killed in between is finished by the next one, or by a vacuum.
+the images and that a kept version, or the candidate, is read from, and commits one version. Its content is the newest
+version's without the images. Its `rewrites` name the new file in the place of every old one (`manifest.apply_rewrites`
+reads older versions through them), its `erased` counts the rows that older versions lose, and its `purge.delete` lists
+the files to delete. Only then are these deleted. A purge that was killed in between is finished by the next one, or by
+a vacuum.
 
 - Another writer that commits first: everything is planned again upon what it committed, so what it brought is
   searched too. A writer that adds one of the keys afterwards adds an image like any other.
@@ -36,11 +37,11 @@ from hashdist.index.change import checked_keys
 from hashdist.index.index import Index
 from hashdist.index.manifest import (
     LISTS,
+    apply_rewrites,
     entries_of,
     files,
     files_of,
     is_expired,
-    rewritten,
     successor,
     with_candidate,
 )
@@ -59,7 +60,7 @@ _NO_DATA = ("manifests/", "pins/")
 
 
 class Erased(NamedTuple):
-    """What a purge came to in one index.
+    """Outcome of a purge in one index.
 
     Attributes:
         version: the one it committed, or the present one where nothing was to be erased.
@@ -133,7 +134,7 @@ def _inode(path: Path) -> int | None:
 
 
 @dataclass
-class _Plan:
+class _PurgePlan:
     """A purge worked out against one version.
 
     Attributes:
@@ -153,8 +154,8 @@ class _Plan:
     drops_probes: bool = False
 
 
-class _Held(NamedTuple):
-    """What a file holds of the images: rows of a table, or ids of a tombstone."""
+class _ImageRows(NamedTuple):
+    """The images in a file: rows of a table, or ids of a tombstone."""
 
     rows: NDArray[np.int64]
     ids: NDArray[np.int64]
@@ -163,25 +164,25 @@ class _Held(NamedTuple):
 class _Purge:
     """Proposes the version without the images; what was found and written for a file is kept over all tries."""
 
-    plan: _Plan
+    plan: _PurgePlan
 
     def __init__(self, index: Index, keys: list[str], reason: str, purge_id: str) -> None:
         self._store, self._log, self._names = index.store, index.versions, index.versions.new_attempt()
         self._keys, self._about = set(keys), {"id": purge_id, "reason": reason}
         self._records: dict[int, Record] = {}
         self._stored: set[str] = set()
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _ImageRows] = {}
         self._made: dict[tuple[str, bytes], Entry | None] = {}
 
     def __call__(self, view: View, _tried: int) -> dict[str, Any] | None:
         head = view.manifest
         self._read_records(view)
         self._stored = self._listed()
-        kept = {n: rewritten(record, head) for n, record in self._records.items() if not is_expired(head, n)}
+        kept = {n: apply_rewrites(record, head) for n, record in self._records.items() if not is_expired(head, n)}
         candidate = head.get("candidate")
         readable = _entries([*kept.values(), *([candidate] if candidate else [])])
         self._ids = self._candidate_ids(readable)
-        self.plan = plan = _Plan(drops_probes=self._in_probes(head.get("probes")))
+        self.plan = plan = _PurgePlan(drops_probes=self._in_probes(head.get("probes")))
         others = self._look_into(readable, plan)
         self._erased_ids = np.setdiff1d(self._ids, others)
         self._write_again(readable, plan)
@@ -233,7 +234,7 @@ class _Purge:
             if record.get(name) is not None
         }
 
-    # What is there
+    # Reading
 
     def _read_records(self, view: View) -> None:
         missing = [n for n in self._log.numbers() if n <= view.number and n not in self._records]
@@ -250,7 +251,7 @@ class _Purge:
                 salted |= {(key, salts[key]) for key in self._keys & salts.keys()}
         return np.unique(np.concatenate([image_ids([key], {key: salt}) for key, salt in salted]))
 
-    def _look_into(self, readable: Mapping[tuple[str, str], Entry], plan: _Plan) -> NDArray[np.int64]:
+    def _look_into(self, readable: Mapping[tuple[str, str], Entry], plan: _PurgePlan) -> NDArray[np.int64]:
         """Find the images; returns those of the ids that belong to other keys as well."""
         others = [np.empty(0, np.int64)]
         for (name, path), entry in readable.items():
@@ -261,15 +262,15 @@ class _Purge:
                 others.append(foreign)
             elif name == "tombstones":
                 ids = map_npy(local_file(self._store, entry))
-                self._held[path] = _Held(np.empty(0, np.int64), np.intersect1d(ids, self._ids))
+                self._held[path] = _ImageRows(np.empty(0, np.int64), np.intersect1d(ids, self._ids))
         return np.concatenate(others)
 
-    def _in_shard(self, entry: Entry) -> tuple[_Held, set[str], NDArray[np.int64]]:
+    def _in_shard(self, entry: Entry) -> tuple[_ImageRows, set[str], NDArray[np.int64]]:
         shard = Shard(self._store, entry)
         which, rows = shard.find(self._ids)
         keys = shard.keys(rows) if len(rows) else []
         mine = np.array([key in self._keys for key in keys], np.bool_)
-        return _Held(rows[mine], self._ids[which[mine]]), self._keys & set(keys), self._ids[which[~mine]]
+        return _ImageRows(rows[mine], self._ids[which[mine]]), self._keys & set(keys), self._ids[which[~mine]]
 
     def _in_probes(self, entry: Entry | None) -> bool:
         if entry is None:
@@ -306,9 +307,9 @@ class _Purge:
         """Rows of the notes about the images."""
         return np.flatnonzero(pc.is_in(notes["key"], pa.array(sorted(self._keys), pa.large_string())))
 
-    # What is written
+    # Writing
 
-    def _write_again(self, readable: Mapping[tuple[str, str], Entry], plan: _Plan) -> None:
+    def _write_again(self, readable: Mapping[tuple[str, str], Entry], plan: _PurgePlan) -> None:
         for (name, path), entry in readable.items():
             leaves = self._held[path].rows if name == "shards" else self._erased_ids
             made = path, leaves.tobytes()
@@ -361,7 +362,7 @@ class _Purge:
                 count += len(np.setdiff1d(ids, np.concatenate([np.empty(0, np.int64), *hidden])))
         return count
 
-    # What is deleted
+    # Deleting
 
     def finish(self) -> tuple[int, int]:
         """Delete what this purge, and those before it, have said; returns how many files, and how many are unnamed."""

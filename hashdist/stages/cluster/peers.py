@@ -49,7 +49,7 @@ class Peers(Protocol):
     """Processes that each run a `Searcher`."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of peers."""
         ...
 
     def ask(self, calls: Sequence[Call]) -> list[Any]:
@@ -83,7 +83,7 @@ class Actors:
         self._actors: list[Any] = [ray.remote(Searcher).options(**options).remote() for _ in range(count)]
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of peers."""
         return len(self._actors)
 
     def ask(self, calls: Sequence[Call]) -> list[Any]:
@@ -243,7 +243,7 @@ def place(rows: Mapping[str, int], actors: int, before: Mapping[str, int]) -> di
 
 
 class Searcher:
-    """What runs in a peer's process: parts of the last versions, opened."""
+    """Runs in a peer's process: holds its parts of the last versions open."""
 
     def __init__(self) -> None:
         telemetry.set_sink(metrics.RaySink())
@@ -293,7 +293,7 @@ class Searcher:
         return found.offsets, found.rows, found.distances
 
     def take(self, name: str, part: list[Any], what: str, wanted: Any) -> tuple[NDArray[np.int64], Any]:
-        """Which of the ids or keys wanted are here, and what was asked of them."""
+        """Which of the ids or keys wanted are here, and their codes, keys or features."""
         view = self._view(name, part)
         places = view.find(wanted) if what == "codes" else view.locate(wanted)
         which = np.flatnonzero(places.present)

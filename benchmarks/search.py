@@ -43,7 +43,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hashdist.index import Index, create_index, open_index
-from hashdist.index.manifest import stamped, successor
+from hashdist.index.manifest import stamp, successor
 from hashdist.index.search import tables
 from hashdist.index.shards.shard import Rows, write_ids, write_shard
 from hashdist.index.view import View
@@ -271,7 +271,7 @@ def _index(a: argparse.Namespace, codes: Codes, folder: Path) -> Index:
         entry = write_ids(index.store, index.versions.new_attempt().new("tombstones", ".npy"), gone)
 
         def hide(view: View, _tried: int) -> dict[str, Any]:
-            tombstones = stamped([entry], view.number + 1)
+            tombstones = stamp([entry], view.number + 1)
             return successor(view.version, "delete", {"tombstones": tombstones, "rows": len(codes) - len(gone)})
 
         index.transact(hide)

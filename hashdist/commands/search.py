@@ -20,8 +20,9 @@ from hashdist.ground.options import SearchOptions
 from hashdist.ground.settings import Settings
 from hashdist.ground.tables import table
 from hashdist.index import Index
-from hashdist.index.search import engines
-from hashdist.index.search import where as where_module
+from hashdist.index.search.engine import Engine, recall
+from hashdist.index.search.engines import find_engine
+from hashdist.index.search.where import parse
 
 Codes = NDArray[np.uint8]
 
@@ -85,13 +86,10 @@ def _open(settings: Settings, options: SearchOptions) -> Iterator[Index]:
         yield made
 
 
-def _engine(options: SearchOptions) -> engines.Engine | str:
-    if options.engine == "ivf" and options.probes:
-        return engines.Ivf(probes=options.probes)
-    if options.engine == "multihash" and options.flips >= 0:
-        return engines.MultiHash(flips=options.flips)
-    engines.find_engine(options.engine)
-    return options.engine
+def _engine(options: SearchOptions) -> Engine:
+    """The engine, with the knobs among the options that are not as they are by default."""
+    default = vars(SearchOptions())
+    return find_engine(options.engine, **{name: v for name, v in vars(options).items() if v != default[name]})
 
 
 # What is asked
@@ -201,7 +199,7 @@ def _from_file(index: Index, options: SearchOptions) -> list[Query]:
 def _answers(
     index: Index,
     options: SearchOptions,
-    engine: engines.Engine | str,
+    engine: Engine,
     queries: Sequence[Query],
     collection: Collection | None,
 ) -> list[list[dict[str, Any]]]:
@@ -211,7 +209,7 @@ def _answers(
     if options.exclude_self and not any(query.key for query in queries):
         raise InvalidInput("--exclude-self is for searches by --key (or keys in --queries)")
     codes_QW = np.stack([query.code for query in queries])
-    where = where_module.parse(options.where) if options.where else None
+    where = parse(options.where) if options.where else None
     if options.radius >= 0:
         if options.rerank:
             raise InvalidInput("--rerank orders the nearest images; leave --radius or --rerank out")
@@ -249,8 +247,8 @@ def _rows(
     return rows
 
 
-def measured(index: Index, engine: engines.Engine | str, options: SearchOptions) -> dict[str, Any]:
-    """Recall@k of an engine against the scan (`engines.recall`), over images of the index drawn evenly, and times.
+def measured(index: Index, engine: Engine, options: SearchOptions) -> dict[str, Any]:
+    """Recall@k of an engine against the scan (`engine.recall`), over images of the index drawn evenly, and times.
 
     Shards are opened and the engine's own files built before the clock runs.
     """
@@ -262,7 +260,7 @@ def measured(index: Index, engine: engines.Engine | str, options: SearchOptions)
         started = time.perf_counter()
         found[name] = index.search(codes_QW, k, engine=looked_at).distances
         seconds[name] = time.perf_counter() - started
-    share = float(engines.recall(found["engine"], found["scan"]).mean()) if len(codes_QW) else 1.0
+    share = float(recall(found["engine"], found["scan"]).mean()) if len(codes_QW) else 1.0
     times = {"seconds": seconds["engine"], "scan_seconds": seconds["scan"]}
     return {"engine": options.engine, "k": k, "queries": len(codes_QW), f"recall@{k}": share, **times}
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from hashdist.evaluation.probes import smallest
 from hashdist.ground import telemetry
 from hashdist.ground.bits import unpack
+from hashdist.index.search import scanning
 from hashdist.index.view import View
 
 SHIFT, LEAN, FAR = 0.15, 0.45, 0.25
@@ -144,9 +145,9 @@ def _nearest(
     """Distances to the nearest old row: of new rows, and of old ones, each itself left out."""
     most = max(_FEWEST_QUERIES, min(_QUERIES, _COMPARISONS // int(before.manifest["rows"])))
     new_QW = new_NW[np.unique(np.linspace(0, len(new_NW) - 1, min(most, len(new_NW))).astype(np.int64))]
-    nearest = before.nearest(new_QW, 1)
+    nearest = scanning.nearest(before, new_QW, 1)
     new_Q, beside_QW = nearest.distances_QK[:, 0], before.codes(before.locate(nearest.rows_QK[:, 0]))
-    found = before.nearest(old_MW[:most], 2)
+    found = scanning.nearest(before, old_MW[:most], 2)
     own = found.rows_QK[:, 0] == ids[:most]
     old_Q = np.where(own, found.distances_QK[:, 1], found.distances_QK[:, 0])
     far = float(np.quantile(old_Q, _FAR_QUANTILE))

@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hashdist.index.view import Places, View
+from hashdist.nearest import scan
 from hashdist.store import Store
 from hashdist.store.commit import read_table, write_table
 
@@ -25,18 +26,12 @@ def smallest(view: View, count: int) -> Places:
     """Where the live rows with the smallest ids are, ascending: `count` of them, or all there are."""
     ids, shards, rows = (np.empty(0, np.int64) for _ in range(3))
     for number, shard in enumerate(view.shards):
-        live = _first_live(shard.rows, view.dead(number), count)
+        live = scan.live(view.dead(number), shard.rows)[:count]
         ids = np.concatenate([ids, shard.ids[live]])
         order = np.argsort(ids)[:count]
         shards = np.concatenate([shards, np.full(len(live), number)])[order]
         rows, ids = np.concatenate([rows, live])[order], ids[order]
     return Places(ids, shards, rows)
-
-
-def _first_live(rows: int, dead: NDArray[np.uint8] | None, count: int) -> NDArray[np.int64]:
-    if dead is None:
-        return np.arange(min(rows, count))
-    return np.flatnonzero(np.unpackbits(dead, count=rows, bitorder="little") == 0)[:count]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class SearchOptions:
         exclude_self: leave the image of --key out of its own results.
         rerank: order the nearest candidates by the cosine of their features; the index must keep them (index.rerank).
         candidates: how many candidates --rerank orders; 0 = 10 k.
-        engine: what looks at the codes: scan, folded, faiss or torch (exact), ivf or multihash (approximate).
+        engine: what looks at the codes: scan, or another one of docs/search.md (a wrong name lists them).
         probes: lists of a shard that ivf looks at; 0 = 16.
         flips: bits of each piece of a code that multihash lets differ; -1 = 1.
         recall: also measure the engine's recall@k against the scan, with so many images of the index as queries.

@@ -1,16 +1,13 @@
 """The gate before a commit, and the candidate that waits where it refuses (docs/promotion.md)."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hashdist.ground import telemetry
 from hashdist.ground.errors import NotFound, Refused
 from hashdist.index.manifest import CONTENT, KEPT, content, successor
 from hashdist.index.view import View
 from hashdist.store.commit import Version
-
-if TYPE_CHECKING:
-    pass
 
 Gate = Callable[[View, View], dict[str, Any]]
 """(served, proposed) -> report: `passed`, `checks` (name, passed, value, limit, text of each), and, where they were
@@ -20,8 +17,8 @@ ROWS_STAY = ("compact",)
 """Operations that write the same rows into other files."""
 
 
-def gated(view: View, record: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
-    """What to commit upon `view` instead of `record`: itself with the report, or the served content with a candidate.
+def put_to_gate(view: View, record: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
+    """Ask the gate: returns the record to commit, `record` with the report, or the served content with a candidate.
 
     Args:
         view: the served version.
@@ -40,7 +37,7 @@ def gated(view: View, record: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
     return successor(view.version, "candidate", kept={**kept, "candidate": candidate})
 
 
-def refused(uri: str, report: Mapping[str, Any]) -> Refused:
+def refusal(uri: str, report: Mapping[str, Any]) -> Refused:
     """The error that names every check that failed, one a line, and the ways on."""
     lines = [f"  {check['name']}: {check['text']}" for check in report["checks"] if not check["passed"]]
     return Refused(

@@ -20,7 +20,7 @@ _SHOWN = 3
 
 
 class Applied(NamedTuple):
-    """What a change came to.
+    """Outcome of a change.
 
     Attributes:
         version: the one it committed, or the present one where there was nothing to do.
@@ -39,7 +39,7 @@ class Applied(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """What a writer wants, independent of the version it will be committed upon."""
+    """A change that a writer asks for, independent of the version it will be committed upon."""
 
     codes: NDArray[np.uint8]
     keys: list[str]
@@ -60,8 +60,8 @@ class Change:
         if both:
             raise InvalidInput(f"a key can be added or removed, not both; {some(both)} are in both lists")
 
-    def plan(self, view: "View", *, rebased: bool) -> "Plan":
-        """What to write and to hide if committed upon `view`. Raises as `Index.append`."""
+    def plan(self, view: "View", *, rebased: bool) -> "ChangePlan":
+        """The rows to write and the ids to hide if committed upon `view`. Raises as `Index.append`."""
         model = self._model_upon(view)
         ids, salts, places = _assign_ids(self.keys, view)
         known = places.present
@@ -78,7 +78,7 @@ class Change:
             keep[known] = False
         rows = np.flatnonzero(keep)
         gone = view.find(self.removed)
-        return Plan(
+        return ChangePlan(
             rows=rows,
             ids=ids[rows],
             replaced=np.sort(ids[known & keep]),
@@ -112,7 +112,7 @@ class Change:
         return same
 
 
-class Plan(NamedTuple):
+class ChangePlan(NamedTuple):
     """A change worked out against one version."""
 
     rows: NDArray[np.int64]  # of the change, to write
@@ -135,11 +135,11 @@ class Plan(NamedTuple):
         return not len(self.rows) and not len(self.removed) and not len(self.seen)
 
     def applied(self, version: int) -> Applied:
-        """What it comes to, committed as `version`."""
+        """The outcome, committed as `version`."""
         replaced = len(self.replaced)
         return Applied(version, len(self.rows) - replaced, replaced, len(self.removed), self.unknown)
 
-    def same_files(self, other: "Plan") -> bool:
+    def same_files(self, other: "ChangePlan") -> bool:
         """Whether the files written for this plan serve the other."""
         return (
             np.array_equal(self.rows, other.rows)
@@ -218,6 +218,6 @@ def checked_columns(columns: Mapping[str, Any] | pa.Table | None, rows: int) -> 
 
 
 def some(keys: Sequence[str]) -> str:
-    """How many keys, and the first of them."""
+    """The number of keys, and the first of them."""
     more = ", ..." if len(keys) > _SHOWN else ""
     return f"{len(keys)} keys ({', '.join(map(repr, keys[:_SHOWN]))}{more})"

@@ -16,19 +16,20 @@ from hashdist.ground import telemetry
 from hashdist.ground.bits import check_bits
 from hashdist.ground.errors import AlreadyExists, Conflict, InvalidInput, NotFound
 from hashdist.ground.ranges import blocks
-from hashdist.index import candidate as candidate_module
-from hashdist.index.candidate import Gate
-from hashdist.index.change import Applied, Change, OnExisting, Plan, checked_columns, checked_keys, some
-from hashdist.index.manifest import CONTENT, files, first, is_expired, resolve, rewritten, stamped, successor
+from hashdist.index.candidate import Gate, as_content, put_to_gate, refusal
+from hashdist.index.change import Applied, Change, ChangePlan, OnExisting, checked_columns, checked_keys, some
+from hashdist.index.manifest import CONTENT, apply_rewrites, files, first, is_expired, resolve, stamp, successor
 from hashdist.index.notes import FOLDER, MOST_FILES, SEEN, SUFFIX, last_of_each, read_seen, write_seen
 from hashdist.index.search import rerank as second_stage
-from hashdist.index.search import where as where_module
-from hashdist.index.search.engines import Engine, find_engine
+from hashdist.index.search.engine import Engine
+from hashdist.index.search.engines import by_radius, find_engine
 from hashdist.index.search.filters import Filter
+from hashdist.index.search.hits import Hits, Matches
 from hashdist.index.search.rerank import unit_rows
 from hashdist.index.search.tables import Use
+from hashdist.index.search.where import parse
 from hashdist.index.shards.shard import Rows, write_ids, write_salts, write_shard
-from hashdist.index.view import Hits, Matches, View
+from hashdist.index.view import View
 from hashdist.store import Store, open_store
 from hashdist.store.commit import CommitLost, Log, Version, open_artefact
 
@@ -80,15 +81,15 @@ def open_index(uri: str, version: int | str | None = None, *, candidate: bool = 
         raise InvalidInput("an older version or the candidate can be opened, found both; leave one out")
     if version is not None:
         number = resolve(newest.manifest, version)
-        record = rewritten(log.read(number).manifest, newest.manifest)
+        record = apply_rewrites(log.read(number).manifest, newest.manifest)
         return Index(log, Version(number, dict(record)), writable=False)
     if candidate:
-        return Index(log, candidate_module.as_content(newest, log.uri), writable=False)
+        return Index(log, as_content(newest, log.uri), writable=False)
     return Index(log, newest)
 
 
 class Propose(Protocol):
-    """What `Index.transact` asks for the record of the next version."""
+    """`Index.transact` asks it for the record of the next version."""
 
     def __call__(self, view: View, tried: int, /) -> dict[str, Any] | None:
         """The record upon `view`, or None."""
@@ -99,7 +100,7 @@ def _index_at(log: Log, version: Version, writable: bool) -> "Index":
 
 
 class Removed(int):
-    """How many rows a delete removed.
+    """Number of rows that a delete removed.
 
     Attributes:
         unknown: keys that were asked for and are not in the index.
@@ -123,10 +124,13 @@ class Index:
 
     def __init__(self, log: Log, version: Version, *, writable: bool = True, before: View | None = None) -> None:
         self._log, self._writable = log, writable
-        self._view = View(log, version, before)
+        self._view = self._open(version, before)
         self._moving = threading.Lock()
         if writable:
             self._observe()
+
+    def _open(self, version: Version, before: View | None) -> View:
+        return View(self._log, version, before)
 
     def __reduce__(self) -> tuple[Callable[..., "Index"], tuple[Log, Version, bool]]:
         return _index_at, (self._log, self._view.version, self._writable)
@@ -225,7 +229,7 @@ class Index:
             codes: uint8 [Q, L/8].
             k: results per code; cut to the number of rows that match.
             where: only rows that match this filter (hashdist/index/search/filters.py), which may be given as text.
-            engine: what looks at the codes (hashdist/index/search/engines.py); `ivf` and `multihash` are approximate.
+            engine: the engine that answers (hashdist/index/search/engines.py); `ivf` and `multihash` are approximate.
             rerank: features [Q, D] of the queries: the nearest `candidates` are then ordered by (cosine, id), and the
                 first k of them are the result (hashdist/index/search/rerank.py).
             candidates: 0 = 10 k.
@@ -237,7 +241,7 @@ class Index:
             NotFound: a shard's file is gone.
             Unavailable: the store does not answer.
         """
-        view, queries_QW, where, looked_at = self._view, self._codes(codes), _filter(where), find_engine(engine)
+        view, queries_QW, where, chosen = self._view, self._codes(codes), _filter(where), self._engine(engine)
         if not isinstance(k, int | np.integer) or k < 1:
             raise InvalidInput(f"k must be a whole number of at least 1, found {k!r}")
         if rerank is not None:
@@ -245,15 +249,15 @@ class Index:
             candidates = candidates or second_stage.CANDIDATES_PER_RESULT * int(k)
         if candidates and candidates < k:
             raise InvalidInput(f"there must be at least k = {k} candidates, found {candidates}")
-        matching = view.matching(where)
+        matching = chosen.matching(view, where)
         k = min(int(k), matching)
         depth = k if rerank is None else min(int(candidates), matching)
         ids, distances = np.empty((len(queries_QW), k), np.int64), np.empty((len(queries_QW), k), np.int32)
         scores = None if rerank is None else np.empty((len(queries_QW), k), np.float64)
         for start, stop in blocks(len(queries_QW) if k else 0, max(1, _RESULTS_AT_ONCE // max(depth, 1))):
-            found = view.nearest(queries_QW[start:stop], depth, where, looked_at)
+            found = chosen.nearest(view, queries_QW[start:stop], depth, where)
             if rerank is not None and scores is not None:
-                found, scores[start:stop] = second_stage.ranked(view, rerank[start:stop], found, k)
+                found, scores[start:stop] = second_stage.rank(view, rerank[start:stop], found, k)
             ids[start:stop], distances[start:stop] = found.rows_QK, found.distances_QK
         return Hits(ids, distances, view, scores)
 
@@ -276,21 +280,26 @@ class Index:
         """
         if tables not in get_args(Use):
             raise InvalidInput(f"tables must be auto, on or off, found {tables!r}")
-        view, queries_QW, where, looked_at = self._view, self._codes(codes), _filter(where), find_engine(engine)
-        if looked_at is not None and not looked_at.by_radius:
-            raise InvalidInput(f"{engine} does not search by radius; use scan, multihash, faiss or torch")
+        view, queries_QW, where = self._view, self._codes(codes), _filter(where)
+        chosen = self._engine(engine, tables=tables)
+        if not chosen.by_radius:
+            raise InvalidInput(f"{engine} does not search by radius; use {' or '.join(by_radius())}")
         if not isinstance(radius, int | np.integer) or radius < 0:
             raise InvalidInput(f"the radius must be a whole number of at least 0, found {radius!r}")
-        return view.within(queries_QW, int(radius), where, looked_at, tables)
+        found = chosen.within(view, queries_QW, int(radius), where)
+        return Matches(found.offsets, found.rows, found.distances, view)
+
+    def _engine(self, engine: str | Engine, **knobs: Any) -> Engine:
+        return find_engine(engine, **knobs)
 
     def codes_of(self, keys: Sequence[str]) -> NDArray[np.uint8]:
         """The codes of these images, uint8 [N, L/8]. Raises NotFound for keys that are not in the index."""
         view = self._view
-        places = view.find(checked_keys(keys, distinct=False))
-        missing = [key for key, there in zip(keys, places.present, strict=True) if not there]
+        codes, there = view.codes_of(checked_keys(keys, distinct=False))
+        missing = [key for key, present in zip(keys, there, strict=True) if not present]
         if missing:
             raise NotFound(f"every key must be in {self.uri}, version {view.number}; {some(missing)} are not")
-        return view.codes(places)
+        return codes
 
     def keys(self) -> Iterator[str]:
         """The keys of all live rows, shard by shard."""
@@ -320,7 +329,7 @@ class Index:
             keys: N distinct texts.
             columns: further columns of N rows; `digest` (content digest) and `labels` have a meaning for hashdist.
             model: the model that made the codes, as in `create_index`; None vouches that it is the index's.
-            on_existing: what to do about keys that are in the index: nothing at all but raise, `replace`, or `skip`.
+            on_existing: for keys that are in the index: `error` (nothing is committed), `replace`, or `skip`.
 
         Returns:
             The new version, or the present one where there was nothing to do.
@@ -357,8 +366,8 @@ class Index:
 
         Args:
             removed: keys to remove; none of them among `keys`.
-            operation: what the log calls it.
-            lineage: fields for the manifest: what the rows were made from.
+            operation: its name in the log.
+            lineage: fields for the manifest that say where the rows came from.
             gate: looks at the result before it is committed (hashdist/index/promotion.py).
             seen: notes about images that get no row (hashdist/index/notes.py), one an image, by ascending id.
             rerank: features [N, D], which an index that keeps them (hashdist/index/search/rerank.py) wants of all its
@@ -435,7 +444,7 @@ class Index:
             if tried:
                 raise Conflict(f"{self.uri}: version {view.number} was committed by another writer meanwhile")
             files = {"shards": shards, "salts": salted, "seen": content["seen"]}
-            new = {part: stamped(entries, view.number + 1) for part, entries in files.items()}
+            new = {part: stamp(entries, view.number + 1) for part, entries in files.items()}
             return successor(view.version, "build", content | new, **about)
 
         self.transact(propose, gate)
@@ -478,7 +487,7 @@ class Index:
                 self._advance(view)
                 return None
             if gate is not None:
-                record = candidate_module.gated(view, record, gate)
+                record = put_to_gate(view, record, gate)
             try:
                 version = self._log.commit(record, view.number)
             except CommitLost:
@@ -487,7 +496,7 @@ class Index:
                 continue
             self._advance(View(self._log, version, view))
             if gate is not None and "candidate" in record:
-                raise candidate_module.refused(self.uri, record["candidate"]["gate"])
+                raise refusal(self.uri, record["candidate"]["gate"])
             return version.number
         raise Conflict(f"{self.uri}: other writers were first in {_TRIES} tries; run again when it is quieter")
 
@@ -496,7 +505,7 @@ class Index:
         before = self.version
         newest = self._newest()
         if newest.number > before:
-            self._advance(View(self._log, newest, self._view))
+            self._advance(self._open(newest, self._view))
         return newest.number > before
 
     def _newest(self) -> Version:
@@ -543,7 +552,7 @@ class _Apply:
         self._store, self._names, self._change = log.store, log.new_attempt(), change
         self._features = features_ND
         self._units = unit_rows(features_ND) if features_ND is not None and len(features_ND) else None
-        self._written: tuple[Plan, dict[str, Any]] | None = None
+        self._written: tuple[ChangePlan, dict[str, Any]] | None = None
         self._noted: tuple[list[dict[str, Any]], pa.Table, dict[str, Any]] | None = None
         self._basis: dict[str, Any] = {}
 
@@ -558,16 +567,16 @@ class _Apply:
         plan = self.plan = self._change.plan(view, rebased=tried > 0)
         if plan.empty:
             return None
-        kept = second_stage.kept(view.manifest, self._features, len(plan.rows) and len(self._change.keys))
+        kept = second_stage.describe(view.manifest, self._features, len(plan.rows) and len(self._change.keys))
         if self._written is None or not self._written[0].same_files(plan):
             self._written = plan, self._write(plan)
         new, old, number = self._written[1], view.manifest, view.number + 1
         changed = {
             "model": plan.model,
             "rows": old["rows"] + len(plan.rows) - len(plan.replaced) - len(plan.removed),
-            "shards": [*old["shards"], *stamped(new["shards"], number)],
-            "tombstones": [*old["tombstones"], *stamped(new["tombstones"], number)],
-            "salts": [*old["salts"], *stamped(new["salts"], number)],
+            "shards": [*old["shards"], *stamp(new["shards"], number)],
+            "tombstones": [*old["tombstones"], *stamp(new["tombstones"], number)],
+            "salts": [*old["salts"], *stamp(new["salts"], number)],
             "seen": self._seen(old.get("seen", []), plan.seen, number),
             second_stage.PART: kept,
         }
@@ -577,7 +586,7 @@ class _Apply:
         changed |= {name: about.pop(name) for name in CONTENT if name in about}
         return successor(view.version, operation, changed, **about)
 
-    def _write(self, plan: Plan) -> dict[str, Any]:
+    def _write(self, plan: ChangePlan) -> dict[str, Any]:
         shards = []
         for start, stop in blocks(len(plan.rows), SHARD_ROWS):
             rows = plan.rows[start:stop]
@@ -599,7 +608,7 @@ class _Apply:
         if self._noted is None or self._noted[0] != merged or not self._noted[1].equals(notes):
             every = last_of_each([*(read_seen(self._store, entry) for entry in merged), notes])
             self._noted = merged, notes, write_seen(self._store, self._names.new(FOLDER, SUFFIX), every)
-        return [*([] if merged else old), *stamped([self._noted[2]], number)]
+        return [*([] if merged else old), *stamp([self._noted[2]], number)]
 
 
 def _model(model: str | None) -> tuple[str | None, str | None]:
@@ -611,4 +620,4 @@ def _model(model: str | None) -> tuple[str | None, str | None]:
 
 
 def _filter(where: Filter | str | None) -> Filter | None:
-    return where_module.parse(where) if isinstance(where, str) else where
+    return parse(where) if isinstance(where, str) else where

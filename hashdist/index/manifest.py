@@ -1,19 +1,19 @@
-"""The record of a version of an index: what is its content, what it keeps about the log, and how one follows another.
+"""The record of a version of an index: its content, its fields about the log, and how one record follows another.
 
-Content is what a search answers from; it is what a rollback restores and what a candidate is. What is kept about the
-log goes from every version to the next. Everything else says how this one version came about.
+A search answers from the content; a rollback restores it, and a candidate is one. Fields about the log go from every
+version to the next. Everything else says how this one version came about.
 
 Content: `bits`, `bit_order`, `model`, `model_uri`, `collection`, `built_from`, `failed_in`, `rows` (live ones),
 `shards`, `tombstones`, `salts` (the last three are entries of files, each with the `version` it joined the index in),
 `seen` (likewise: hashdist/index/notes.py), `sources` (entry of the stamps of the files whose images it has all),
-`listed_at` (unix seconds: what the collection had then is in it), `vocabulary` (numbers of labels given as text),
-`quality` (what the last gate measured of it), `rerank` (what features the shards keep:
+`listed_at` (unix seconds: images that the collection had then are in it), `vocabulary` (numbers of labels given as
+text), `quality` (as the last gate measured it), `rerank` (the features that the shards keep:
 hashdist/index/search/rerank.py).
 
 Kept: `tags` (name: version), `expired` (ranges of version numbers whose files may be gone), `revoked` (attempts whose
 files may be gone: nothing of theirs can be committed any more), `candidate` (content that waits for promotion; absent
 if there is none), `rewrites` (files of older versions that a purge wrote again, by the `path` of the entry: the new
-entry, or null where nothing is left), `erased` ([first, last, how many]: versions that have so many rows fewer than
+entry, or null where nothing is left), `erased` ([first, last, rows]: versions that have that many rows fewer than
 their records say), `probes` (entry of the gate's probe set).
 """
 
@@ -55,7 +55,7 @@ def successor(
 
     Args:
         head: the version it is committed upon.
-        operation: what the log calls it.
+        operation: its name in the log.
         changed: fields of the content that differ from the head's.
         kept: fields of KEPT that differ; None as a value leaves the field out.
         about: how this version came about.
@@ -74,7 +74,7 @@ def successor(
             f"a clean-up after version {head.number} took this writer for dead and may have deleted what it wrote "
             f"(attempt {min(revoked)}); nothing was committed; run again"
         )
-    if any(entry["path"] in log.get("rewrites", {}) for name in LISTS for entry in record.get(name, ())):
+    if any(entry["path"] in log.get("rewrites", {}) for _, entry in entries_of(record)):
         raise Conflict(
             f"images were erased from all versions up to {head.number}, and the content to be committed is from before "
             "that; nothing was committed; run again"
@@ -82,7 +82,7 @@ def successor(
     return record
 
 
-def rewritten(record: Manifest, head: Manifest) -> Manifest:
+def apply_rewrites(record: Manifest, head: Manifest) -> Manifest:
     """The record of an older version as it has to be read now: without what a purge has erased since.
 
     Args:
@@ -104,25 +104,37 @@ def _rewritten(entries: Iterable[Entry], rewrites: Mapping[str, Entry | None]) -
             yield {**now, "version": entry["version"]}
 
 
-def stamped(entries: Iterable[Entry], number: int) -> list[dict[str, Any]]:
+def stamp(entries: Iterable[Entry], number: int) -> list[dict[str, Any]]:
     """New shards or tombstones, as members of version `number`."""
     return [{**entry, "version": number} for entry in entries]
 
 
+def entries_of(content: Manifest) -> Iterator[tuple[str, Entry]]:
+    """The entries of the lists of a record's content, each with the name of its list."""
+    return ((name, entry) for name in LISTS for entry in content.get(name) or ())
+
+
+def with_candidate(manifest: Manifest) -> list[Manifest]:
+    """A record, and the candidate that waits in it, if there is one."""
+    return [manifest, *([manifest["candidate"]] if manifest.get("candidate") else [])]
+
+
+def files_of(entry: Entry) -> Iterable[Entry]:
+    """The files of an entry: a shard has several."""
+    return shard_files(entry) if "parts" in entry else (entry,)
+
+
 def files(manifest: Manifest) -> Iterator[Entry]:
     """Every data file that a record names, of its candidate and its rewrites too."""
-    for part in (manifest, manifest.get("candidate") or {}):
-        for shard in part.get("shards", ()):
-            yield from shard_files(shard)
-        yield from part.get("tombstones", ())
-        yield from part.get("salts", ())
-        yield from part.get("seen", ())
-        yield from [part["sources"]] if part.get("sources") else []
+    for part in with_candidate(manifest):
+        for _, entry in entries_of(part):
+            yield from files_of(entry)
+        if part.get("sources"):
+            yield part["sources"]
     if manifest.get("probes"):
         yield manifest["probes"]
-    for entry in manifest.get("rewrites", {}).values():
-        if entry is not None:
-            yield from shard_files(entry) if "parts" in entry else [entry]
+    for rewritten_entry in filter(None, manifest.get("rewrites", {}).values()):
+        yield from files_of(rewritten_entry)
 
 
 def attempt_of(path: str) -> str:

@@ -1,4 +1,4 @@
-"""What was seen of images that have no row because of it: so that they are neither read nor encoded again.
+"""Notes on images without a row, so that they are neither read nor encoded again.
 
 Two kinds of images are noted here: those whose size or stamp is another one than their row says while their bytes are
 the same, and those that no code could be made of, with status and reason. A file of notes joins the index in the

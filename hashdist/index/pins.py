@@ -5,7 +5,7 @@ object: no reader's or writer's clock plays a part. A reader first writes its pi
 expired; a clean-up first commits what it expires and then looks for pins. Whichever comes second sees the other. A pin
 that is not renewed ends by itself, so a killed reader holds nothing for long.
 
-A purge ignores pins: what is to be erased is erased.
+A purge ignores pins.
 """
 
 import json
@@ -84,7 +84,7 @@ def pinned(index: Index, held_s: float = HELD_S, every_s: float | None = None) -
     was superseded only lately (hashdist/index/upkeep/retention.py).
 
     Args:
-        index: what is read; its version is what it is at now.
+        index: the index that is read; the version that it is at now is pinned.
         held_s: how long the pin outlives its last renewal.
         every_s: renewed by a thread that often; None = a third of held_s, 0 = only by `Pin.renew`.
 
@@ -131,7 +131,7 @@ def _keep(pin: Pin, every_s: float, ended: threading.Event) -> None:
 
 @dataclass
 class Pins:
-    """What the pins of an index say.
+    """The pins of an index.
 
     Attributes:
         versions: pinned ones.

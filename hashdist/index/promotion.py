@@ -8,18 +8,16 @@ candidate leaves by `promote`, by `discard`, or when a later proposal passes (do
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hashdist.ground.errors import Conflict
+from hashdist.index.candidate import ROWS_STAY, Gate, as_content, candidate_of, refusal
+from hashdist.index.index import Index
 from hashdist.index.manifest import content, successor
 from hashdist.index.view import View
 
-if TYPE_CHECKING:
-    from hashdist.index.index import Index
-from hashdist.index.candidate import ROWS_STAY, Gate, as_content, candidate_of, refused
 
-
-def promote(index: "Index", gate: Gate | None = None, *, force: bool = False, reason: str = "") -> int:
+def promote(index: Index, gate: Gate | None = None, *, force: bool = False, reason: str = "") -> int:
     """Serve the candidate, in one commit.
 
     Args:
@@ -50,7 +48,7 @@ def promote(index: "Index", gate: Gate | None = None, *, force: bool = False, re
             quality, report = asked.pop("quality", None), {k: v for k, v in asked.items() if k != "probes"}
             new |= {"quality": quality} if quality else {}
         if not report["passed"] and not force:
-            raise refused(view.uri, report)
+            raise refusal(view.uri, report)
         failed = [check["name"] for check in report["checks"] if not check["passed"]]
         about = {**candidate["about"], "gate": report, "promoted": {"upon": candidate["upon"]}}
         if force:
@@ -62,7 +60,7 @@ def promote(index: "Index", gate: Gate | None = None, *, force: bool = False, re
     return version
 
 
-def discard(index: "Index") -> int:
+def discard(index: Index) -> int:
     """Drop the candidate, in one commit; returns the new version. Raises NotFound where none waits."""
 
     def propose(view: View, _tried: int) -> dict[str, Any]:

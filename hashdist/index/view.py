@@ -1,9 +1,8 @@
-"""One version of an index, opened: its shards, what is hidden in them, and where rows are."""
+"""One version of an index, opened: its shards, what is hidden in them, and where rows are. Searches of it: search/."""
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,65 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hashdist.ground import telemetry
 from hashdist.ground.bits import BIT_ORDER
-from hashdist.ground.errors import Corrupt, InvalidInput
+from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ids import image_ids
 from hashdist.ground.threads import in_order
 from hashdist.index.notes import last_of_each, read_seen
-from hashdist.index.search.engines import Engine
-from hashdist.index.search.filters import Filter, Searched, Selection, Selections
-from hashdist.index.search.rerank import features
-from hashdist.index.search.tables import Use, tables_of, within_of
 from hashdist.index.shards.shard import Shard, local_file, map_npy, opening, read_salts
 from hashdist.nearest import scan
 from hashdist.store.commit import Log, Version
 
 _READ_AT_ONCE = 16
 """Shards whose keys are read at the same time, where that takes requests."""
-
-
-@dataclass(frozen=True)
-class Hits:
-    """The nearest images of every query, in (distance, id) order.
-
-    Attributes:
-        ids: int64 [Q, k'], k' = min(k, rows of the index).
-        distances: int32 [Q, k'].
-        scores: float64 [Q, k'] cosines, where they decided the order (two-stage ranking); else None.
-    """
-
-    ids: NDArray[np.int64]
-    distances: NDArray[np.int32]
-    _view: "View" = field(repr=False)
-    scores: NDArray[np.float64] | None = None
-
-    def keys(self) -> list[list[str]]:
-        """The keys: for each of the Q queries a list of k'. Reads only these rows."""
-        flat = self._view.keys_of(self.ids.ravel())
-        width = self.ids.shape[1]
-        return [flat[q * width : (q + 1) * width] for q in range(len(self.ids))]
-
-
-@dataclass(frozen=True)
-class Matches:
-    """Every image within a radius of each query, in (distance, id) order.
-
-    Attributes:
-        offsets: int64 [Q + 1]; query q owns [offsets[q], offsets[q + 1]) of the other two.
-        ids: int64 [matches].
-        distances: int32 [matches].
-    """
-
-    offsets: NDArray[np.int64]
-    ids: NDArray[np.int64]
-    distances: NDArray[np.int32]
-    _view: "View" = field(repr=False)
-
-    def keys(self) -> list[list[str]]:
-        """The keys of every query's matches; reads only these rows."""
-        flat = self._view.keys_of(self.ids)
-        return [flat[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -124,13 +75,12 @@ class View:
         found = [Shard(log.store, entry) for entry in manifest["shards"]]
         self.shards: list[Shard] = [opened.get(shard.name, shard) for shard in found]
         self._dead: dict[int, NDArray[np.uint8] | None] = {}
-        self._selections = Selections()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["View"], tuple[Log, Version]]:
         return View, (self.log, self.version)
 
-    # What is hidden
+    # Hidden rows
 
     @cached_property
     def tombstones(self) -> list[tuple[int, NDArray[np.int64]]]:
@@ -159,70 +109,6 @@ class View:
             self.dead(number)
         _ = self.salts
 
-    # Searching
-
-    def selection(self, where: Filter) -> Selection:
-        """A filter evaluated against this version; the last few are kept. Raises InvalidInput."""
-        return self._selections.of(self, where)
-
-    def matching(self, where: Filter | None) -> int:
-        """Number of live rows that match a filter; of all live rows without one."""
-        return int(self.manifest["rows"]) if where is None else self.selection(where).rows
-
-    def searched(self, number: int, where: Filter | None) -> Searched:
-        """What of a shard is scanned: its codes and ids, or copies of those that match where they are few."""
-        shard = self.shards[number]
-        if where is None:
-            return Searched(shard.codes, shard.ids, self.dead(number))
-        selection = self.selection(where)
-        return selection.copies.get(number) or Searched(shard.codes, shard.ids, selection.shards[number])
-
-    def nearest(
-        self, queries_QW: NDArray[np.uint8], k: int, where: Filter | None = None, engine: Engine | None = None
-    ) -> scan.Nearest:
-        """The k nearest live rows that match by (distance, id), k of them; "rows" of the result are ids.
-
-        Args:
-            queries_QW: packed codes.
-            k: at most `matching(where)`.
-            where: only rows that match.
-            engine: what looks at the codes; None = the scan.
-        """
-        if engine is not None:
-            return self.complete(engine.nearest(self, queries_QW, k, where), k, where)
-        with _timed("load"):
-            parts = self._parts(where)
-        with _timed("scan"):
-            found = scan.nearest_of(parts, queries_QW, k)
-        return self.complete(found, k, where)
-
-    def complete(self, found: scan.Nearest, k: int, where: Filter | None) -> scan.Nearest:
-        """`found`, which must hold k rows for every query. Raises Corrupt."""
-        if found.rows_QK.shape[1] < k or (found.counts_Q != k).any():
-            raise Corrupt(f"{self.uri}, version {self.number} must hold {self.matching(where)} such rows; verify it")
-        return found
-
-    def within(
-        self,
-        queries_QW: NDArray[np.uint8],
-        radius: int,
-        where: Filter | None = None,
-        engine: Engine | None = None,
-        tables: Use = "auto",
-    ) -> Matches:
-        """Every live row that matches within the radius of each query; `tables` as in `Index.search_within`."""
-        if engine is not None:
-            found = engine.within(self, queries_QW, radius, where)
-        else:
-            parts = self._parts(where)
-            own = [part.codes_NW is shard.codes for part, shard in zip(parts, self.shards, strict=True)]
-            have = [tables_of(s, len(queries_QW), tables) if o else None for s, o in zip(self.shards, own, strict=True)]
-            found = within_of(parts, have, queries_QW, radius)
-        return Matches(found.offsets, found.rows, found.distances, self)
-
-    def _parts(self, where: Filter | None) -> list[scan.Part]:
-        return [scan.Part(*self.searched(number, where)) for number in opening(self.shards)]
-
     # Rows by id and by key
 
     @cached_property
@@ -237,9 +123,8 @@ class View:
         shards, rows = np.full(len(ids), -1, np.int64), np.full(len(ids), -1, np.int64)
         for number in opening(self.shards, ["ids"]):
             which, at = self.shards[number].find(ids)
-            dead = self.dead(number) if len(at) else None
-            if dead is not None:
-                alive = (dead[at >> 3] >> (at & 7)) & 1 == 0
+            if len(at):
+                alive = scan.alive(self.dead(number), at)
                 which, at = which[alive], at[alive]
             shards[which], rows[which] = number, at
         return Places(ids, shards, rows)
@@ -282,9 +167,23 @@ class View:
             codes[which] = self.shards[number].codes[here.rows]
         return codes
 
+    def codes_of(self, keys: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The codes of keys, and which of the keys have a live row; the codes of others are 0."""
+        places = self.find(keys)
+        codes = np.zeros((len(keys), self.manifest["bits"] // 8), np.uint8)
+        codes[places.present] = self.codes(places.take(np.flatnonzero(places.present)))
+        return codes, places.present
+
     def features(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """The features of live ids, float16 [N, D], in versions that keep them (hashdist/index/search/rerank.py)."""
-        return features(self, self.locate(ids))
+        return self.array("rerank", self.locate(ids))
+
+    def array(self, part: str, places: Places) -> NDArray[Any]:
+        """One of the further arrays at these places, all of which are present: [N, D]; D as the manifest says."""
+        rows = np.empty((len(places.ids), self.manifest[part]["width"]), np.float16)
+        for number, which, here in self._gather(places):
+            rows[which] = self.shards[number].array(part)[here.rows]
+        return rows
 
     def column(self, places: Places, name: str) -> list[Any]:
         """One column at these places, all of which are present."""
@@ -299,7 +198,7 @@ class View:
             yield number, which, places.take(which)
 
     def notes(self, ids: NDArray[np.int64]) -> pa.Table:
-        """What was seen of these images without a row of it (hashdist/index/notes.py): the last note about each."""
+        """The last note about each of these images (hashdist/index/notes.py)."""
         tables = (read_seen(self.log.store, entry) for entry in self.manifest.get("seen", ()))
         return last_of_each(table.filter(pc.is_in(table["id"], pa.array(ids, pa.int64()))) for table in tables)
 
@@ -319,38 +218,18 @@ class View:
             found.append(table.slice(start, stop - start))
         return last_of_each(found)
 
-    def _between(self, number: int, first: int, last: int, columns: Sequence[str]) -> pa.Table:
-        shard = self.shards[number]
-        rows = np.arange(np.searchsorted(shard.ids, first), np.searchsorted(shard.ids, last, "right"))
-        dead = self.dead(number)
-        if dead is not None:
-            rows = rows[(dead[rows >> 3] >> (rows & 7)) & 1 == 0]
-        own = pa.table({"id": shard.ids[rows], "key": pa.array(shard.keys(rows), pa.large_string())})
-        more = shard.columns(columns, rows)
-        for name in columns:
-            own = own.append_column(name, more[name])
-        return own
-
     def live_rows(self, number: int, columns: Sequence[str]) -> pa.Table:
         """id, key and further columns of the live rows of a shard."""
-        shard, dead = self.shards[number], self.dead(number)
-        rows = np.arange(shard.rows)
-        if dead is not None:
-            rows = np.flatnonzero(np.unpackbits(dead, count=shard.rows, bitorder="little") == 0)
-        own = pa.table({"id": shard.ids[rows], "key": pa.array(shard.keys(rows), pa.string())})
-        for name in columns:
-            own = own.append_column(name, shard.columns([name], rows)[name])
-        return own
+        return self._table(number, scan.live(self.dead(number), self.shards[number].rows), columns)
 
+    def _between(self, number: int, first: int, last: int, columns: Sequence[str]) -> pa.Table:
+        ids = self.shards[number].ids
+        rows = np.arange(np.searchsorted(ids, first), np.searchsorted(ids, last, "right"))
+        return self._table(number, rows[scan.alive(self.dead(number), rows)], columns)
 
-class _timed:  # noqa: N801
-    """Observes the time of a phase of a search."""
-
-    def __init__(self, phase: str) -> None:
-        self._phase = phase
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        telemetry.SEARCH_SECONDS.observe(time.perf_counter() - self._started, phase=self._phase)
+    def _table(self, number: int, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+        """id, key and further columns of some rows of a shard."""
+        shard = self.shards[number]
+        further = shard.columns(columns, rows)
+        own = {"id": shard.ids[rows], "key": pa.array(shard.keys(rows), pa.string())}
+        return pa.table(own | {name: further[name] for name in columns})

@@ -7,7 +7,7 @@ them are compared. More chunks leave fewer comparisons and need more sorts; m is
 says about both. With no bits at all (m = r) every code is compared with every other, which is the choice for large
 radii.
 
-What is kept of the pairs is a forest: an edge is noted only where it joins two trees, so that edges never outnumber
+Of the pairs a forest is kept: an edge is noted only where it joins two trees, so that edges never outnumber
 rows. Rows of equal codes are a star around their smallest id and are compared with others once.
 """
 
@@ -30,7 +30,7 @@ _MOST_SORTS = 120
 _SAMPLE = 4096
 _SORT_NS = 400.0  # a code, hashed, sorted and gathered
 _PAIR_NS = 0.6  # a word of a pair, compared
-_FEW = 8  # so many times fewer rows are few: the others are then searched, not sorted
+_FEW = 8  # rows are few if the others are this many times more: these are then searched, not sorted
 _AT_ONCE = 256  # codes compared with one code before any of them is looked at
 
 
@@ -105,7 +105,7 @@ def _words(codes_NW: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 
 def _joined(ids: NDArray[np.int64], codes_NW: NDArray[np.uint8], left: int | None, radius: int) -> Edges:
-    """A forest of the pairs within the radius; with `left`, of those between the first so many rows and the others."""
+    """A forest of the pairs within the radius; with `left`, of those between the first `left` rows and the others."""
     n = len(ids)
     if n < 2 or left in (0, n) or (radius == 0 and left is None):
         return no_edges()

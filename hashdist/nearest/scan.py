@@ -111,7 +111,7 @@ def nearest(
 def nearest_of(parts: Sequence[Part], queries_QW: NDArray[np.uint8], k: int, *, threads: int = 0) -> Nearest:
     """The k nearest of the rows of all parts by (Hamming distance, id), exactly; "rows" of the result are ids.
 
-    A thread goes through its share of all parts in one call of the kernel: what it has found in one part is the bound
+    A thread goes through its share of all parts in one call of the kernel: rows found in one part are the bound
     in the next. Arguments and errors as in `nearest`.
     """
     for part in parts:
@@ -178,16 +178,16 @@ def within_of(parts: Sequence[Part], queries_QW: NDArray[np.uint8], radius: int,
     held = [addressable(part) for part in parts]
     words_Q = in_words(queries_QW)
 
-    def search(row_range: tuple[int, int], batch: tuple[int, int]) -> Found:
+    def search(row_range: tuple[int, int], batch: tuple[int, int]) -> Pairs:
         words = words_Q[slice(*batch)]
         query, ids, distances = _within(_pieces(held, *row_range), words, *form_of(words), levels)
-        return Found(query + batch[0], ids, distances)
+        return Pairs(query + batch[0], ids, distances)
 
     found = spread([partial(search, r, b) for r in ranges for b in batches], threads)
     return ball(found, len(queries_QW), levels, threads=threads)
 
 
-class Found(NamedTuple):
+class Pairs(NamedTuple):
     """Rows found by one task, in any order: query, row or id, distance."""
 
     queries: NDArray[np.int64]
@@ -195,8 +195,8 @@ class Found(NamedTuple):
     distances: NDArray[np.int32]
 
 
-def ball(found: Sequence[Found], queries: int, levels: int, *, threads: int = 0) -> Ball:
-    """What several tasks have found, every (query, row) once, at distances below `levels`, in order."""
+def ball(found: Sequence[Pairs], queries: int, levels: int, *, threads: int = 0) -> Ball:
+    """The pairs that several tasks have found, every (query, row) once, at distances below `levels`, in order."""
     starts = np.zeros(queries * levels + 1, np.int64)
     for part in found:
         _count(part.queries, part.distances, levels, starts)
@@ -270,6 +270,19 @@ def bitmap(rows: NDArray[np.int64], n: int) -> NDArray[np.uint8] | None:
     return np.packbits(flags, bitorder="little")
 
 
+def alive(dead: NDArray[np.uint8] | None, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of these rows the bitmap does not leave out."""
+    if dead is None:
+        return np.ones(rows.shape, np.bool_)
+    flags: NDArray[np.bool_] = (dead[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1 == 0
+    return flags
+
+
+def live(dead: NDArray[np.uint8] | None, n: int) -> NDArray[np.int64]:
+    """The rows of n that the bitmap does not leave out, ascending."""
+    return np.arange(n) if dead is None else np.flatnonzero(np.unpackbits(dead, count=n, bitorder="little") == 0)
+
+
 def addressable(part: Part) -> Part:
     """The same with arrays that can be read by address."""
     codes_NW, ids_N, dead = part
@@ -278,7 +291,7 @@ def addressable(part: Part) -> Part:
 
 
 def _pieces(parts: Sequence[Part], row0: int, row1: int) -> NDArray[np.int64]:
-    """What of each part lies in a range of all their rows, int64 [parts, 5].
+    """The rows of each part that lie in a range of the rows of all parts, int64 [parts, 5].
 
     Address of the codes, first row, row after the last, address of the ids (0 = rows will do), address of the bitmap
     of dead rows (0 = all live).
@@ -312,7 +325,7 @@ def in_words(queries_QW: NDArray[np.uint8]) -> NDArray[Any]:
 
 
 def form_of(words_QX: NDArray[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the kernels must know when they are compiled, as tuples whose lengths are part of their types.
+    """Facts that the kernels are compiled for, as tuples whose lengths are part of their types.
 
     The first has one item per word of a code. The second is not empty if blocks are to be turned, so that each word
     of their codes is contiguous and wide codes vectorise as narrow ones do: that pays as soon as a few queries share
@@ -365,7 +378,7 @@ def _any_below(block, start, stop, queries, q, form, turned, cut):
 @kernel
 @no_type_check
 def _block_rows(like, form, turned):
-    """Codes of a block: what is prefetched at once must not be too much."""
+    """Codes of a block, few enough to be prefetched at once."""
     size = _AHEAD_BYTES if len(like) < _COLUMNS_FROM else _BLOCK_BYTES
     return _BLOCK if len(turned) else max(_GROUP, min(_BLOCK, size // (len(form) * like.itemsize)))
 

@@ -23,7 +23,7 @@ from hashdist.ground import telemetry
 from hashdist.ground.errors import Corrupt, HashdistError, InvalidInput, NotFound, Unavailable
 from hashdist.ground.progress import say
 from hashdist.index import Index
-from hashdist.index.manifest import resolve, rewritten
+from hashdist.index.manifest import apply_rewrites, resolve
 from hashdist.index.pins import pinned
 from hashdist.index.view import View
 from hashdist.store import open_store
@@ -163,7 +163,7 @@ class Serving:
             return served
         with self._opening_older:
             if number not in self._older:
-                record = rewritten(log.read(number).manifest, newest.manifest)
+                record = apply_rewrites(log.read(number).manifest, newest.manifest)
                 index = self._opened(log, Version(number, dict(record)), served.index.view)
                 self._older[number] = self._ready(index)
             self._older.move_to_end(number)

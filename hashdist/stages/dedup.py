@@ -32,7 +32,7 @@ from hashdist.ground.settings import ClusterSettings
 from hashdist.index import Index, open_index
 from hashdist.index.pins import pinned
 from hashdist.index.view import View
-from hashdist.nearest import joins
+from hashdist.nearest import joins, scan
 from hashdist.nearest.joins import Block, Edges
 from hashdist.stages.cluster import session
 from hashdist.stages.cluster import tasks as tasks_module
@@ -234,8 +234,8 @@ def _taken(view: View, number: int, rows: NDArray[np.int64]) -> Block:
 
 
 def _live(view: View, number: int, start: int = 0, stop: int | None = None) -> Block:
-    rows, dead = np.arange(start, view.shards[number].rows if stop is None else stop), view.dead(number)
-    return _taken(view, number, rows if dead is None else rows[(dead[rows >> 3] >> (rows & 7)) & 1 == 0])
+    rows = np.arange(start, view.shards[number].rows if stop is None else stop)
+    return _taken(view, number, rows[scan.alive(view.dead(number), rows)])
 
 
 def _together(parts: Iterable[Block], view: View) -> Block:

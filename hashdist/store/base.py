@@ -5,13 +5,16 @@ conditionally. Everything that is built on that one condition is in hashdist/sto
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
 
 import pyarrow.fs
 
 from hashdist.ground.errors import HashdistError, InvalidInput, NotFound, Unavailable
+
+_DELETED_AT_ONCE = 16
 
 
 class Entry(NamedTuple):
@@ -101,6 +104,25 @@ class Store(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove an object; one that is not there is fine."""
+
+    def delete_all(self, names: Iterable[str], failed: dict[str, HashdistError] | None = None) -> None:
+        """Remove objects, several at once.
+
+        Args:
+            names: of the objects.
+            failed: takes the errors, by name; None = the first one is raised once all objects were tried.
+        """
+
+        def delete(name: str) -> None:
+            try:
+                self.delete(name)
+            except HashdistError as error:
+                if failed is None:
+                    raise
+                failed[name] = error
+
+        with ThreadPoolExecutor(_DELETED_AT_ONCE) as pool:
+            list(pool.map(delete, names))
 
     def abandoned(self) -> Iterator[Entry]:
         """What writes that were cut short have left, which no listing shows; nothing where the store sees to that."""

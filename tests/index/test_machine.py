@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from numpy.typing import NDArray
 
 from hashdist.ground.errors import Corrupt, NotFound, OutcomeUnknown
-from hashdist.index import Index, candidate, create_index, promotion
+from hashdist.index import Index, candidate, create_index, pins, promotion
 from hashdist.index.upkeep import compaction, erasure, retention
 from hashdist.index.view import View
 from hashdist.store import Store, commit, open_store
@@ -288,7 +288,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule()
     def pin(self) -> None:
         index, held = self.world.newest(), ExitStack()
-        held.enter_context(retention.pinned(index, every_s=0))
+        held.enter_context(pins.pinned(index, every_s=0))
         self.pins.append((index.view, self.world.head(), held))
 
     @rule()

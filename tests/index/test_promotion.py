@@ -19,6 +19,7 @@ from hashdist.index import Index, create_index, open_index
 from hashdist.index.candidate import Gate
 from hashdist.index.manifest import content, files, successor
 from hashdist.index.promotion import discard, promote
+from hashdist.index.search import scanning
 from hashdist.index.shards.shard import Rows, write_shard
 from hashdist.index.upkeep.compaction import compact
 from hashdist.index.view import View
@@ -87,7 +88,9 @@ def test_what_passes_is_committed_with_its_report(uri: str) -> None:
 
     def gate(served: View, proposed: View) -> dict[str, Any]:
         seen.append((served, proposed))
-        near = proposed.nearest(random_codes(3), 1)  # its files are written: it can be searched before the commit
+        near = scanning.nearest(
+            proposed, random_codes(3), 1
+        )  # its files are written: it can be searched before the commit
         assert near.distances_QK.ravel().tolist() == [0, 0, 0]
         return report(True, quality={"recall": 0.25})
 
@@ -226,7 +229,7 @@ def test_a_new_model_is_switched_to_by_one_commit(uri: str) -> None:
         while not stop.is_set():
             view = searcher.view
             bits = int(view.manifest["bits"])
-            found = view.nearest(queries[bits], 10)
+            found = scanning.nearest(view, queries[bits], 10)
             seen.add((bits, view.manifest["model"]))
             if found.rows_QK[0].tolist() != wanted[bits]:
                 wrong.append((bits, found))
@@ -245,7 +248,9 @@ def test_a_new_model_is_switched_to_by_one_commit(uri: str) -> None:
     assert not wrong
     assert seen <= {(64, "m1"), (32, "m2")}
     assert "candidate" not in index.manifest
-    assert old_view.nearest(queries[64], 10).rows_QK[0].tolist() == wanted[64]  # who holds the old one goes on with it
+    assert (
+        scanning.nearest(old_view, queries[64], 10).rows_QK[0].tolist() == wanted[64]
+    )  # who holds the old one goes on with it
     holds(open_index(uri), dict(zip(keys, after, strict=True)))
 
 

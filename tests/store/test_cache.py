@@ -334,7 +334,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def key_file(store: Remote, keys: list[str], name: str = "keys") -> tuple[KeyFile, dict[str, Any]]:
-    entry = write_file(store, name, key_files.encoded(pa.array(keys, pa.large_string())), len(keys))
+    entry = write_file(store, name, key_files.encode(pa.array(keys, pa.large_string())), len(keys))
     return KeyFile(store, entry, lambda: local_file(store, entry)), entry
 
 

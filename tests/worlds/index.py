@@ -9,7 +9,7 @@ import numpy as np
 
 from hashdist.ground.errors import AlreadyExists, Conflict, NotFound, OutcomeUnknown, Refused, Unavailable
 from hashdist.index import Index
-from hashdist.index.manifest import attempt_of, content, files, is_expired, rewritten
+from hashdist.index.manifest import apply_rewrites, attempt_of, content, files, is_expired
 from hashdist.index.view import View
 from hashdist.store import Store, open_store
 from hashdist.store.commit import Log, Version
@@ -126,7 +126,7 @@ class IndexWorld:
 
     def version(self, number: int, head: View) -> View:
         """A version as it has to be read now."""
-        record = rewritten(self.log.read(number).manifest, head.manifest)
+        record = apply_rewrites(self.log.read(number).manifest, head.manifest)
         return View(self.log, Version(number, dict(record)))
 
     def kept(self) -> list[int]:

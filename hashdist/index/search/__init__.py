@@ -1,1 +1,1 @@
-"""How a version is searched: filters, engines one a file, ranking. Imports the view and below."""
+"""How a version is searched: filters, engines (one file each), two-stage ranking. Imports `view`, never `Index`."""

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +27,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hashdist.ground.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from hashdist.index.view import View
+from hashdist.index.view import View
 
 Operator = Literal["==", "!=", "<", "<=", ">", ">=", "between", "in", "not in", "all"]
 Flags = NDArray[np.bool_]
@@ -52,7 +51,7 @@ _KEPT = 8  # evaluated filters per version
 class Condition(Protocol):
     """One condition of a filter; hashable."""
 
-    def matches(self, view: "View") -> Callable[[int], Flags]:
+    def matches(self, view: View) -> Callable[[int], Flags]:
         """For a version, what tells which rows of a shard match."""
 
 
@@ -117,7 +116,7 @@ class _Ids:
     keep: bool
     values: NDArray[np.int64] = field(compare=False, repr=False)
 
-    def matches(self, view: "View") -> Callable[[int], Flags]:
+    def matches(self, view: View) -> Callable[[int], Flags]:
         return lambda number: _flags(view.shards[number].rows, view.shards[number].find(self.values)[1], self.keep)
 
 
@@ -127,7 +126,7 @@ class _Keys:
     keep: bool
     values: tuple[str, ...] = field(compare=False, repr=False)
 
-    def matches(self, view: "View") -> Callable[[int], Flags]:
+    def matches(self, view: View) -> Callable[[int], Flags]:
         places = view.find(self.values)
         return lambda number: _flags(view.shards[number].rows, places.rows[places.shards == number], self.keep)
 
@@ -138,7 +137,7 @@ class _Predicate:
     operator: Operator
     values: tuple[Any, ...]
 
-    def matches(self, view: "View") -> Callable[[int], Flags]:
+    def matches(self, view: View) -> Callable[[int], Flags]:
         known = sorted({name for shard in view.shards for name in shard.column_names})
         name = "labels" if self.name == "label" and "label" not in known else self.name
         if view.shards and name not in known:
@@ -245,8 +244,8 @@ def _digest(data: bytes) -> bytes:
 # Evaluated against a version
 
 
-class Searched(NamedTuple):
-    """What of a shard is scanned: codes and ids, row-aligned, and which of these rows are left out."""
+class Searchable(NamedTuple):
+    """Rows of a shard to be scanned: codes and ids, row-aligned, and a bitmap of rows that are left out."""
 
     codes_NW: NDArray[np.uint8]
     ids_N: NDArray[np.int64]
@@ -255,7 +254,7 @@ class Searched(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """A filter evaluated against a version: what matches, tombstones taken into account.
+    """A filter evaluated against a version: the live rows that match.
 
     Attributes:
         rows: live rows that match.
@@ -267,10 +266,43 @@ class Selection:
     rows: int
     counts: list[int]
     shards: list[NDArray[np.uint8] | None]
-    copies: dict[int, Searched]
+    copies: dict[int, Searchable]
 
 
-def select(view: "View", where: Filter) -> Selection:
+def matching(view: View, where: Filter | None) -> int:
+    """Number of live rows that match a filter; of all live rows without one. Raises InvalidInput as `select`."""
+    return int(view.manifest["rows"]) if where is None else selection(view, where).rows
+
+
+def searchable(view: View, number: int, where: Filter | None) -> Searchable:
+    """The rows of a shard to be scanned: all of them, or copies of those that match where they are few."""
+    shard = view.shards[number]
+    if where is None:
+        return Searchable(shard.codes, shard.ids, view.dead(number))
+    chosen = selection(view, where)
+    return chosen.copies.get(number) or Searchable(shard.codes, shard.ids, chosen.shards[number])
+
+
+def selection(view: View, where: Filter) -> Selection:
+    """A filter, evaluated at the first call; the last few of a version are kept as long as it is open."""
+    with _lock:
+        kept = _selections.setdefault(view, OrderedDict())
+        if where in kept:
+            kept.move_to_end(where)
+            return kept[where]
+    made = select(view, where)
+    with _lock:
+        kept[where] = made
+        while len(kept) > _KEPT:
+            kept.popitem(last=False)
+    return made
+
+
+_lock = threading.Lock()
+_selections: WeakKeyDictionary[View, OrderedDict[Filter, Selection]] = WeakKeyDictionary()
+
+
+def select(view: View, where: Filter) -> Selection:
     """Evaluate a filter. Raises InvalidInput for a column that no shard has, or values of another type."""
     tests = [condition.matches(view) for condition in where.conditions]
     counts, left_out, copies = [], [], {}
@@ -281,26 +313,5 @@ def select(view: "View", where: Filter) -> Selection:
         counts.append(len(rows))
         left_out.append(np.packbits(~matching, bitorder="little") if len(rows) < shard.rows else None)
         if len(rows) < shard.rows * _COPIED_BELOW:
-            copies[number] = Searched(shard.codes[rows], shard.ids[rows], None)
+            copies[number] = Searchable(shard.codes[rows], shard.ids[rows], None)
     return Selection(sum(counts), counts, left_out, copies)
-
-
-class Selections:
-    """The filters that were evaluated last against one version; threads may share it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[Filter, Selection] = OrderedDict()
-
-    def of(self, view: "View", where: Filter) -> Selection:
-        """What `select` says, evaluated at the first call."""
-        with self._lock:
-            if where in self._kept:
-                self._kept.move_to_end(where)
-                return self._kept[where]
-        made = select(view, where)
-        with self._lock:
-            self._kept[where] = made
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        return made

@@ -9,17 +9,15 @@ The order is (cosine descending, id ascending). Cosines are taken in float64 in 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hashdist.ground.errors import InvalidInput
+from hashdist.index.view import View
 from hashdist.nearest import scan
 from hashdist.nearest.cosine import similarity
-
-if TYPE_CHECKING:
-    from hashdist.index.view import Places, View
 
 PART = "rerank"
 """The part of a shard that holds the features, and the field of a manifest that says what they are."""
@@ -43,10 +41,10 @@ def unit_rows(features_ND: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
     return rows.astype(np.float16)
 
 
-def kept(
+def describe(
     manifest: Mapping[str, Any], features_ND: NDArray[np.floating[Any]] | None, rows: int
 ) -> dict[str, Any] | None:
-    """What an index says about its features once these rows have joined it; None where it keeps none.
+    """The record of an index about its features once these rows have joined it; None where it keeps none.
 
     The first rows of an index decide whether it does.
 
@@ -70,7 +68,7 @@ def kept(
     return here
 
 
-def check(view: "View", queries_QD: NDArray[np.floating[Any]], queries: int) -> NDArray[np.floating[Any]]:
+def check(view: View, queries_QD: NDArray[np.floating[Any]], queries: int) -> NDArray[np.floating[Any]]:
     """Query features that this version can be ranked by. Raises InvalidInput saying what it takes."""
     kept = view.manifest.get(PART)
     if not kept:
@@ -87,16 +85,8 @@ def check(view: "View", queries_QD: NDArray[np.floating[Any]], queries: int) -> 
     return found if found.dtype == np.float16 else found.astype(np.float32)
 
 
-def features(view: "View", places: "Places") -> NDArray[np.float16]:
-    """The kept features of these places, all of which are present: float16 [N, D]."""
-    out = np.empty((len(places.ids), view.manifest[PART]["width"]), np.float16)
-    for number, which in places.by_shard():
-        out[which] = view.shards[number].array(PART)[places.rows[which]]
-    return out
-
-
-def ranked(
-    view: "View", queries_QD: NDArray[np.floating[Any]], found: scan.Nearest, k: int
+def rank(
+    view: View, queries_QD: NDArray[np.floating[Any]], found: scan.Nearest, k: int
 ) -> tuple[scan.Nearest, NDArray[np.float64]]:
     """The first k candidates of every query by (cosine descending, id), and their cosines.
 

@@ -3,16 +3,10 @@
 import re
 from collections.abc import Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hashdist.ground.errors import InvalidInput
-
-if TYPE_CHECKING:
-    pass
 from hashdist.index.search.filters import COMPARE, LIST_OPERATORS, MOST_CONDITIONS, Filter, column, ids, keys
-
-# As text
-
 
 _TOKEN = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|(<=|>=|==|!=|<|>|,)|([^\s,<>=!'"]+))""")
 

@@ -1,1 +1,1 @@
-"""Files of an index: shards, keys, merged shards. Imports store, nearest and ground."""
+"""The files of rows: written, opened by mapping, merged. Imports store and ground, nothing else of the index."""

@@ -29,10 +29,10 @@ _MAGIC = 8  # bytes before the schema: "ARROW1", padded
 _PREFIX = 8  # of a message: continuation mark, length of what follows
 _HEAD_BYTES = 1024  # enough for magic, schema and footer of the metadata, beside the digits
 _DIGITS = 16
-_FEW_ROWS = 1024  # so many keys are cut out one by one: a call of Arrow costs as much as a hundred of them
+_FEW_ROWS = 1024  # up to here keys are cut out one by one: a call of Arrow costs as much as a hundred of them
 
 
-def encoded(keys: pa.Array | pa.ChunkedArray) -> memoryview:
+def encode(keys: pa.Array | pa.ChunkedArray) -> memoryview:
     """The bytes of the file that holds these keys, large_string."""
     column = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
     parts = [pa.record_batch([column[a:b]], ["key"]) for a, b in blocks(len(column), BATCH_ROWS)]

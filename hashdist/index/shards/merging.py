@@ -1,4 +1,4 @@
-"""New shards from rows of old ones: what compaction and erasure write.
+"""New shards from rows of old ones, for compaction and erasure.
 
 Every part of a shard goes along row by row: codes, ids and keys, columns (the union of all, null where a shard has
 none), and further arrays. Shards whose further arrays or columns do not fit together (float16 of another width, a
@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hashdist.ground.ranges import blocks
-from hashdist.index.shards.keys import encoded
+from hashdist.index.shards.keys import encode
 from hashdist.index.shards.shard import Shard, faiss_flat, ipc, local_file, npy, parts, write_parts
 from hashdist.store import Store
 from hashdist.store.commit import Names
@@ -65,7 +65,7 @@ class Piece:
         return Piece(self.store, self.entry, self.shard, self.rows[start:stop])
 
 
-def unified(schemas: Sequence[pa.Schema]) -> pa.Schema | None:
+def unify(schemas: Sequence[pa.Schema]) -> pa.Schema | None:
     """The schema that holds the values of all of these unchanged; None if there is none."""
     try:
         union = pa.unify_schemas(list(schemas), promote_options="permissive")
@@ -100,7 +100,7 @@ def _write(pieces: Sequence[Piece], names: Names) -> dict[str, Any]:
         """One part after the other, so that no more than one is in memory."""
         yield "codes", faiss_flat(np.concatenate([piece.shard.codes[piece.rows] for piece in pieces])[order])
         yield "ids", npy(ids[order])
-        yield "keys", encoded(pa.chunked_array([chunk for piece in pieces for chunk in piece.keys.chunks]).take(order))
+        yield "keys", encode(pa.chunked_array([chunk for piece in pieces for chunk in piece.keys.chunks]).take(order))
         columns = _columns(pieces)
         if columns.num_columns:
             yield "columns", ipc(columns.take(order))
@@ -111,7 +111,7 @@ def _write(pieces: Sequence[Piece], names: Names) -> dict[str, Any]:
 
 
 def _columns(pieces: Sequence[Piece]) -> pa.Table:
-    schema = unified([piece.schema for piece in pieces])
+    schema = unify([piece.schema for piece in pieces])
     assert schema is not None, "pieces that cannot be joined"
     # a column that a shard does not have comes as null throughout
     tables = [piece.shard.columns(schema.names, piece.rows) for piece in pieces]

@@ -1,4 +1,4 @@
-"""Shard files: what an index version consists of, written once, opened by mapping.
+"""Shards: the files that hold the rows of an index, written once, opened by mapping.
 
 A shard is up to five files, row-aligned, rows sorted by id:
 
@@ -10,7 +10,7 @@ A shard is up to five files, row-aligned, rows sorted by id:
 - `.columns.arrow`: content digest, labels and whatever else the caller gave; absent where nothing was given.
 - `.rerank.npy`: features for two-stage ranking (hashdist/index/search/rerank.py); absent where they were not asked for.
 
-The files of a shard have one name and differ by suffix, so that its entry in a manifest is short (`packed`); `parts`
+The files of a shard have one name and differ by suffix, so that its entry in a manifest is short (`pack`); `parts`
 and `files` give the plain entries of its files back. Nothing else takes an entry apart.
 
 Files of a remote store are mapped in the local cache (hashdist/store/cache.py). Every file is checksummed when it is
@@ -92,7 +92,7 @@ def write_shard(store: Store, new_name: Callable[[str], str], rows: Rows) -> dic
     def made() -> Iterator[tuple[str, bytes | memoryview]]:
         yield "codes", faiss_flat(rows.codes[order])
         yield "ids", npy(ids)
-        yield "keys", key_files.encoded(_chunked(rows.keys).cast(pa.large_string()).take(order))
+        yield "keys", key_files.encode(_chunked(rows.keys).cast(pa.large_string()).take(order))
         if rows.columns.num_columns:
             yield "columns", ipc(rows.columns.take(order))
         for part, array in rows.arrays.items():
@@ -113,11 +113,11 @@ def write_parts(
         made: part and content of each file: codes, ids and keys at least.
     """
     written = {part: write_file(store, base + SUFFIXES[part], data, len(ids)) for part, data in made}
-    return packed({"rows": len(ids)}, written)
+    return pack({"rows": len(ids)}, written)
 
 
-def packed(about: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The entry of a shard: what is said of it, its `path` without suffix, and [bytes, sha256] of every part.
+def pack(about: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The entry of a shard: fields about it, its `path` without suffix, and [bytes, sha256] of every part.
 
     Checksums are base64 here: 10,000 shards must fit a manifest of 5 MB. A part that is not `path` + its suffix (one
     that was written later, for example) has its own path as a third value.
@@ -136,7 +136,7 @@ def packed(about: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -
 
 
 def parts(shard: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The plain entries {"path", "bytes", "sha256", "rows"} of a shard's files, by part: the inverse of `packed`."""
+    """The plain entries {"path", "bytes", "sha256", "rows"} of a shard's files, by part: the inverse of `pack`."""
     return {
         part: {
             "path": own[0] if own else shard["path"] + SUFFIXES[part],

@@ -1,1 +1,1 @@
-"""How an index is looked after: compaction, retention, verification, erasure, lineage. Imports the index and below."""
+"""How an index is looked after: compaction, clean-up, verification, erasure. Changes go through `Index.transact`."""

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -36,16 +35,12 @@ TABLES = ("collections", "features", "codes")
 ERASED = "erased.json"
 """Record of an artefact that is being deleted whole."""
 
-_SALTS = 8  # an id is a key's with one of so many salts; more than one collision in a row does not happen
-_AT_ONCE = 16
+_SALTS = 8  # an id is a key's with one of these salts; more than one collision in a row does not happen
 _TRIES = 8
 
 
-# Artefacts
-
-
 class Artefacts(NamedTuple):
-    """What became of the artefacts of a root.
+    """Outcome of a purge for the artefacts of a root.
 
     Attributes:
         rewritten: that were written again without the images.
@@ -174,15 +169,10 @@ def _delete_whole(store: Store) -> int:
     create_record(store, ERASED, {"kind": "erased", "created_at": now()})
     folders = ("data/", "states/", "ray/")
     store.delete(MANIFEST)
-    _delete(store, [name for name in names if not name.startswith(folders)])
-    _delete(store, [name for name in names if name.startswith(folders)])
+    store.delete_all(name for name in names if not name.startswith(folders))
+    store.delete_all(name for name in names if name.startswith(folders))
     store.delete(ERASED)
     return len(names)
-
-
-def _delete(store: Store, names: Sequence[str]) -> None:
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(store.delete, names))
 
 
 # Writing again
@@ -218,7 +208,7 @@ def _delete_old(artefact: Artefact, images: _Images) -> int:
     named = {entry["path"] for entry in named_files(artefact.manifest())}
     lost = [name for name in there if name not in gone | named and _holds(artefact.store, images, [name])]
     old = [name for name in there if name in gone]
-    _delete(artefact.store, [*old, *lost])
+    artefact.store.delete_all([*old, *lost])
     return len(old) + len(lost)
 
 

@@ -1,9 +1,9 @@
 """Compaction: small shards become one, hidden rows go, tombstones and salts are merged. No search sees a difference.
 
-What is due follows from the manifest alone (`due`). A plan takes, from one version, the small shards and those of
-which too much is hidden, fills new shards with their live rows, and keeps of the tombstones what the other shards
-need. A tombstone of version v applies to the shards of earlier versions, so two tombstones that apply to the same
-shards are one file afterwards.
+The manifest alone tells whether a compaction is due (`due`). A plan takes, from one version, the small shards and
+those of which too much is hidden, fills new shards with their live rows, and keeps the tombstones that the other
+shards need. A tombstone of version v applies to the shards of earlier versions, so two tombstones that apply to the
+same shards are one file afterwards.
 
 A new shard joins with the version that was planned upon, since its rows are those that lived in that version: every
 tombstone of a later version hides them too. Decision S13 asks for more: if another writer was first, the plan stands
@@ -25,10 +25,11 @@ from hashdist.ground import telemetry
 from hashdist.ground.errors import Conflict
 from hashdist.ground.settings import IndexSettings
 from hashdist.index.index import Index
-from hashdist.index.manifest import stamped, successor
-from hashdist.index.shards.merging import Piece, merge, unified
+from hashdist.index.manifest import stamp, successor
+from hashdist.index.shards.merging import Piece, merge, unify
 from hashdist.index.shards.shard import files, write_ids, write_salts
 from hashdist.index.view import View
+from hashdist.nearest import scan
 from hashdist.store.commit import Log, Names
 
 _PLANS = 4
@@ -36,7 +37,7 @@ _PLANS = 4
 
 
 class Compacted(NamedTuple):
-    """What a compaction came to, or would.
+    """Outcome of a compaction, or of a dry run.
 
     Attributes:
         version: the one it committed; the present one where there was nothing to do, and in a dry run.
@@ -96,7 +97,7 @@ def compact(
     chosen = settings or IndexSettings()
     reason = due(index.manifest, chosen) or ""
     if dry_run:
-        return _Plan.of(index.view, chosen, everything).compacted(index.version, reason)
+        return _CompactionPlan.of(index.view, chosen, everything).compacted(index.version, reason)
     before = index.manifest
     work = _Compaction(index.versions, chosen, everything)
     committed = index.transact(work)
@@ -120,7 +121,7 @@ def _small(manifest: Mapping[str, Any], settings: IndexSettings) -> int:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _CompactionPlan:
     """A compaction worked out against one version.
 
     Attributes:
@@ -136,8 +137,8 @@ class _Plan:
     worth: bool
 
     @classmethod
-    def of(cls, view: View, settings: IndexSettings, everything: bool) -> "_Plan":
-        """What to do about `view`."""
+    def of(cls, view: View, settings: IndexSettings, everything: bool) -> "_CompactionPlan":
+        """The plan for `view`."""
         old = view.manifest
         live = {number: _live(view, number) for number in range(len(view.shards))}
         chosen = [piece for number, piece in live.items() if everything or _wanted(piece, settings)]
@@ -172,7 +173,7 @@ class _Plan:
         return [members for applies, members in groups.items() if applies]
 
     def stands(self, view: View) -> bool:
-        """Whether what was committed between the planned version and this one left everything alone."""
+        """Whether the commits between the planned version and this one left everything alone."""
         planned, now = self.view.manifest, view.manifest
         if now["model"] != planned["model"] or now["bits"] != planned["bits"]:
             return False
@@ -185,7 +186,7 @@ class _Plan:
         return not any(_among(view.tombstones[i][1], piece.ids) for i in new for piece in self.inputs.values())
 
     def compacted(self, version: int, reason: str, made: "_Made | None" = None) -> Compacted:
-        """What it comes to, committed as `version`."""
+        """The outcome, committed as `version`."""
         old = self.view.manifest
         return Compacted(
             version=version,
@@ -200,10 +201,8 @@ class _Plan:
 
 
 def _live(view: View, number: int) -> Piece:
-    rows = np.arange(view.shards[number].rows)
-    dead = view.dead_rows(number)
     entry, shard = view.manifest["shards"][number], view.shards[number]
-    return Piece(view.log.store, entry, shard, np.delete(rows, dead) if len(dead) else rows)
+    return Piece(view.log.store, entry, shard, scan.live(view.dead(number), shard.rows))
 
 
 def _wanted(piece: Piece, settings: IndexSettings) -> bool:
@@ -224,7 +223,7 @@ def _bins(pieces: Sequence[Piece], most_rows: int) -> Iterator[list[Piece]]:
     kinds: list[list[Piece]] = []
     for piece in sorted(pieces, key=lambda piece: len(piece.rows)):
         for bin in kinds:
-            if bin[0].kind == piece.kind and unified([bin[0].schema, piece.schema]) is not None:
+            if bin[0].kind == piece.kind and unify([bin[0].schema, piece.schema]) is not None:
                 bin.append(piece)
                 break
         else:
@@ -232,7 +231,7 @@ def _bins(pieces: Sequence[Piece], most_rows: int) -> Iterator[list[Piece]]:
     for together in kinds:
         bin, rows, schema = [], 0, together[0].schema
         for piece in together:
-            union = unified([schema, piece.schema])
+            union = unify([schema, piece.schema])
             if bin and (rows + len(piece.rows) > most_rows or union is None):
                 yield bin
                 bin, rows, union = [], 0, piece.schema
@@ -265,7 +264,7 @@ class _Made(NamedTuple):
 class _Compaction:
     """Proposes the compacted version upon one view after the other; plans and writes again only where it must."""
 
-    plan: _Plan
+    plan: _CompactionPlan
     made: _Made
 
     def __init__(self, log: Log, settings: IndexSettings, everything: bool) -> None:
@@ -294,7 +293,7 @@ class _Compaction:
                 "run again when it is quieter"
             )
         self._plans += 1
-        self.plan = _Plan.of(view, self._settings, self._everything)
+        self.plan = _CompactionPlan.of(view, self._settings, self._everything)
         if self.plan.worth:
             self.made = _write(self.plan, self._log.new_attempt(), self._settings.shard_rows)
 
@@ -304,18 +303,18 @@ def _since(planned: Mapping[str, Any], now: Mapping[str, Any], name: str) -> lis
     return [entry for entry in now[name] if entry["path"] not in _paths(planned[name])]
 
 
-def _write(plan: _Plan, names: Names, shard_rows: int) -> _Made:
+def _write(plan: _CompactionPlan, names: Names, shard_rows: int) -> _Made:
     version = plan.view.number
     shards = []
     for bin in plan.bins:
         pieces = [plan.inputs[number] for number in bin if len(plan.inputs[number].rows)]
         if pieces:
-            shards += stamped(merge(pieces, names, shard_rows), version)
+            shards += stamp(merge(pieces, names, shard_rows), version)
     return _Made(shards, list(_tombstones(plan, names)), _salts(plan, names))
 
 
-def _tombstones(plan: _Plan, names: Names) -> Iterator[dict[str, Any]]:
-    """What the shards that stay need of the tombstones, one file for all that apply to the same shards."""
+def _tombstones(plan: _CompactionPlan, names: Names) -> Iterator[dict[str, Any]]:
+    """The tombstones that the remaining shards need, one file for all that apply to the same shards."""
     view, entries = plan.view, plan.view.manifest["tombstones"]
     for members in plan.groups:
         version = max(entries[i]["version"] for i in members)
@@ -336,9 +335,9 @@ def _anywhere(view: View, shards: Sequence[int], ids: NDArray[np.int64]) -> NDAr
     return found
 
 
-def _salts(plan: _Plan, names: Names) -> list[dict[str, Any]]:
+def _salts(plan: _CompactionPlan, names: Names) -> list[dict[str, Any]]:
     entries = plan.view.manifest["salts"]
     if len(entries) < 2:
         return [dict(entry) for entry in entries]
     file = write_salts(plan.view.log.store, names.new("salts", ".json"), plan.view.salts)
-    return stamped([file], plan.view.number)
+    return stamp([file], plan.view.number)

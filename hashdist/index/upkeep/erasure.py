@@ -1,10 +1,11 @@
 """Erasure: images leave every version of an index, and its log stays whole.
 
 Records are immutable, are never deleted, and name no image. So a purge writes every data file again that holds one of
-the images and that a kept version, or the candidate, is read from, and commits one version: its content is the newest
-version's without the images, `rewrites` says for every old file which one stands in its place (older versions are
-read through it: `manifest.rewritten`), `erased` how many rows the older versions have fewer, and `purge.delete` which
-files go. Only then are these deleted. A purge that was killed in between is finished by the next one, or by a vacuum.
+the images and that a kept version, or the candidate, is read from, and commits one version. Its content is the newest
+version's without the images. Its `rewrites` name the new file in the place of every old one (`manifest.apply_rewrites`
+reads older versions through them), its `erased` counts the rows that older versions lose, and its `purge.delete` lists
+the files to delete. Only then are these deleted. A purge that was killed in between is finished by the next one, or by
+a vacuum.
 
 - Another writer that commits first: everything is planned again upon what it committed, so what it brought is
   searched too. A writer that adds one of the keys afterwards adds an image like any other.
@@ -16,7 +17,7 @@ files go. Only then are these deleted. A purge that was killed in between is fin
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,11 +35,19 @@ from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ids import image_ids
 from hashdist.index.change import checked_keys
 from hashdist.index.index import Index
-from hashdist.index.manifest import LISTS, files, is_expired, rewritten, successor
+from hashdist.index.manifest import (
+    LISTS,
+    apply_rewrites,
+    entries_of,
+    files,
+    files_of,
+    is_expired,
+    successor,
+    with_candidate,
+)
 from hashdist.index.notes import FOLDER, SUFFIX, read_seen, write_seen
 from hashdist.index.shards.merging import Piece, merge
 from hashdist.index.shards.shard import Shard, local_file, map_npy, read_salts, write_ids, write_salts
-from hashdist.index.shards.shard import files as shard_files
 from hashdist.index.view import View
 from hashdist.store.cache import cache_folder
 from hashdist.store.commit import read_table
@@ -51,7 +60,7 @@ _NO_DATA = ("manifests/", "pins/")
 
 
 class Erased(NamedTuple):
-    """What a purge came to in one index.
+    """Outcome of a purge in one index.
 
     Attributes:
         version: the one it committed, or the present one where nothing was to be erased.
@@ -125,7 +134,7 @@ def _inode(path: Path) -> int | None:
 
 
 @dataclass
-class _Plan:
+class _PurgePlan:
     """A purge worked out against one version.
 
     Attributes:
@@ -145,8 +154,8 @@ class _Plan:
     drops_probes: bool = False
 
 
-class _Held(NamedTuple):
-    """What a file holds of the images: rows of a table, or ids of a tombstone."""
+class _ImageRows(NamedTuple):
+    """The images in a file: rows of a table, or ids of a tombstone."""
 
     rows: NDArray[np.int64]
     ids: NDArray[np.int64]
@@ -155,25 +164,25 @@ class _Held(NamedTuple):
 class _Purge:
     """Proposes the version without the images; what was found and written for a file is kept over all tries."""
 
-    plan: _Plan
+    plan: _PurgePlan
 
     def __init__(self, index: Index, keys: list[str], reason: str, purge_id: str) -> None:
         self._store, self._log, self._names = index.store, index.versions, index.versions.new_attempt()
         self._keys, self._about = set(keys), {"id": purge_id, "reason": reason}
         self._records: dict[int, Record] = {}
         self._stored: set[str] = set()
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _ImageRows] = {}
         self._made: dict[tuple[str, bytes], Entry | None] = {}
 
     def __call__(self, view: View, _tried: int) -> dict[str, Any] | None:
         head = view.manifest
         self._read_records(view)
         self._stored = self._listed()
-        kept = {n: rewritten(record, head) for n, record in self._records.items() if not is_expired(head, n)}
+        kept = {n: apply_rewrites(record, head) for n, record in self._records.items() if not is_expired(head, n)}
         candidate = head.get("candidate")
         readable = _entries([*kept.values(), *([candidate] if candidate else [])])
         self._ids = self._candidate_ids(readable)
-        self.plan = plan = _Plan(drops_probes=self._in_probes(head.get("probes")))
+        self.plan = plan = _PurgePlan(drops_probes=self._in_probes(head.get("probes")))
         others = self._look_into(readable, plan)
         self._erased_ids = np.setdiff1d(self._ids, others)
         self._write_again(readable, plan)
@@ -186,7 +195,7 @@ class _Purge:
 
     def _record(self, view: View, counts: Mapping[int, int], candidate: Record | None) -> dict[str, Any]:
         head, plan = view.manifest, self.plan
-        paths = [file["path"] for entry in [*plan.old, *plan.deleted] for file in _files(entry)]
+        paths = [file["path"] for entry in [*plan.old, *plan.deleted] for file in files_of(entry)]
         before = {n: sum(r for a, b, r in head.get("erased", ()) if a <= n <= b) for n in counts}
         kept: dict[str, Any] = {
             "rewrites": self._rewrites(head, counts) or None,
@@ -207,7 +216,7 @@ class _Purge:
         before = {
             path: entry and replaced.get(entry["path"], entry) for path, entry in head.get("rewrites", {}).items()
         }
-        named = {e["path"] for n in counts for name in LISTS for e in self._records[n].get(name, ())}
+        named = {entry["path"] for number in counts for _, entry in entries_of(self._records[number])}
         return {path: entry for path, entry in {**before, **replaced}.items() if path in named}
 
     def _listed(self) -> set[str]:
@@ -225,7 +234,7 @@ class _Purge:
             if record.get(name) is not None
         }
 
-    # What is there
+    # Reading
 
     def _read_records(self, view: View) -> None:
         missing = [n for n in self._log.numbers() if n <= view.number and n not in self._records]
@@ -242,7 +251,7 @@ class _Purge:
                 salted |= {(key, salts[key]) for key in self._keys & salts.keys()}
         return np.unique(np.concatenate([image_ids([key], {key: salt}) for key, salt in salted]))
 
-    def _look_into(self, readable: Mapping[tuple[str, str], Entry], plan: _Plan) -> NDArray[np.int64]:
+    def _look_into(self, readable: Mapping[tuple[str, str], Entry], plan: _PurgePlan) -> NDArray[np.int64]:
         """Find the images; returns those of the ids that belong to other keys as well."""
         others = [np.empty(0, np.int64)]
         for (name, path), entry in readable.items():
@@ -253,15 +262,15 @@ class _Purge:
                 others.append(foreign)
             elif name == "tombstones":
                 ids = map_npy(local_file(self._store, entry))
-                self._held[path] = _Held(np.empty(0, np.int64), np.intersect1d(ids, self._ids))
+                self._held[path] = _ImageRows(np.empty(0, np.int64), np.intersect1d(ids, self._ids))
         return np.concatenate(others)
 
-    def _in_shard(self, entry: Entry) -> tuple[_Held, set[str], NDArray[np.int64]]:
+    def _in_shard(self, entry: Entry) -> tuple[_ImageRows, set[str], NDArray[np.int64]]:
         shard = Shard(self._store, entry)
         which, rows = shard.find(self._ids)
         keys = shard.keys(rows) if len(rows) else []
         mine = np.array([key in self._keys for key in keys], np.bool_)
-        return _Held(rows[mine], self._ids[which[mine]]), self._keys & set(keys), self._ids[which[~mine]]
+        return _ImageRows(rows[mine], self._ids[which[mine]]), self._keys & set(keys), self._ids[which[~mine]]
 
     def _in_probes(self, entry: Entry | None) -> bool:
         if entry is None:
@@ -274,7 +283,7 @@ class _Purge:
         """Entries that no reader gets to any more, and that hold an image if they are still there."""
         named: dict[tuple[str, str], Entry] = {}
         for record in self._records.values():
-            named |= _entries([record, *([record["candidate"]] if record.get("candidate") else [])])
+            named |= _entries(with_candidate(record))
             again = [entry for entry in record.get("rewrites", {}).values() if entry]
             named |= {("shards" if "parts" in e else e["path"].partition("/")[0], e["path"]): e for e in again}
         gone = head.get("rewrites", {})
@@ -284,7 +293,7 @@ class _Purge:
         return found + [e for path, e in probes.items() if path in self._stored and path != (kept or {}).get("path")]
 
     def _holds(self, name: str, entry: Entry) -> bool:
-        if not all(file["path"] in self._stored for file in _files(entry)):
+        if not all(file["path"] in self._stored for file in files_of(entry)):
             return False
         if name == "shards":
             return bool(len(self._in_shard(entry)[0].rows))
@@ -298,9 +307,9 @@ class _Purge:
         """Rows of the notes about the images."""
         return np.flatnonzero(pc.is_in(notes["key"], pa.array(sorted(self._keys), pa.large_string())))
 
-    # What is written
+    # Writing
 
-    def _write_again(self, readable: Mapping[tuple[str, str], Entry], plan: _Plan) -> None:
+    def _write_again(self, readable: Mapping[tuple[str, str], Entry], plan: _PurgePlan) -> None:
         for (name, path), entry in readable.items():
             leaves = self._held[path].rows if name == "shards" else self._erased_ids
             made = path, leaves.tobytes()
@@ -353,7 +362,7 @@ class _Purge:
                 count += len(np.setdiff1d(ids, np.concatenate([np.empty(0, np.int64), *hidden])))
         return count
 
-    # What is deleted
+    # Deleting
 
     def finish(self) -> tuple[int, int]:
         """Delete what this purge, and those before it, have said; returns how many files, and how many are unnamed."""
@@ -362,9 +371,8 @@ class _Purge:
                 self._records[number] = self._log.read(number).manifest
         condemned = {path for record in self._records.values() for path in record.get("purge", {}).get("delete", ())}
         stored = self._listed()
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(self._store.delete, sorted(condemned & stored)))
-        named = [file for entry in _everything(self._records.values()) for file in _files(entry)]
+        self._store.delete_all(sorted(condemned & stored))
+        named = [file for entry in _everything(self._records.values()) for file in files_of(entry)]
         forget(file["sha256"] for file in named if file["path"] in condemned)
         return len(condemned & stored), len(stored - condemned - {file["path"] for file in named})
 
@@ -372,12 +380,10 @@ class _Purge:
 def _entries(records: Iterable[Record]) -> dict[tuple[str, str], Entry]:
     """The entries that records name, by list and path; of one path the one with most parts."""
     found: dict[tuple[str, str], Entry] = {}
-    for record in records:
-        for name in LISTS:
-            for entry in record.get(name) or ():
-                known = found.get((name, entry["path"]))
-                if known is None or len(entry.get("parts", ())) > len(known.get("parts", ())):
-                    found[name, entry["path"]] = entry
+    for name, entry in (one for record in records for one in entries_of(record)):
+        known = found.get((name, entry["path"]))
+        if known is None or len(entry.get("parts", ())) > len(known.get("parts", ())):
+            found[name, entry["path"]] = entry
     return found
 
 
@@ -385,16 +391,12 @@ def _everything(records: Iterable[Record]) -> list[Entry]:
     """Every entry of a data file or shard that records name, once: thousands of records name the same shards."""
     found: dict[str, Entry] = {}
     for record in records:
-        parts = [record, *([record["candidate"]] if record.get("candidate") else [])]
+        parts = with_candidate(record)
         found |= {entry["path"]: entry for entry in _entries(parts).values()}
         for part in parts:
             others = {name: value for name, value in part.items() if name not in (*LISTS, "candidate")}
             found |= {entry["path"]: entry for entry in files(others)}
     return list(found.values())
-
-
-def _files(entry: Entry) -> Iterator[Entry]:
-    yield from shard_files(entry) if "parts" in entry else [entry]
 
 
 def _runs(rows: Mapping[int, int]) -> list[list[int]] | None:

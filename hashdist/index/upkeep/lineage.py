@@ -1,6 +1,6 @@
-"""What the kept versions of the indexes were made from, and the withdrawal of artefacts that none was made from.
+"""Artefacts that the kept versions of the indexes were made from, and the withdrawal of all others.
 
-Reached, and kept: what a record of a kept version of any index below the root names (its lineage: codes, model,
+Reached, and kept: artefacts that a record of a kept version of any index below the root names (codes, model,
 collection, failed codes), what the manifests of those name in turn, what a caller asks to keep, and whatever is
 younger than the age with all that it names. An artefact is as young as the youngest of its records and files. While a
 stage or a training run is unfinished and young, nobody can tell what it reads: then nothing is withdrawn.
@@ -50,7 +50,7 @@ Name = tuple[str, str]
 
 @dataclass
 class Withdrawn:
-    """What a vacuum of artefacts did, or would do.
+    """Outcome of a vacuum of artefacts, or of a dry run.
 
     Attributes:
         reached: artefacts that stay because something needs them or they are young.
@@ -112,7 +112,7 @@ def vacuum_artefacts(
     Raises:
         NotFound: `keep` names what is not there. Corrupt, Unavailable: a record could not be read; nothing was changed.
     """
-    look = _Look(root, older_than_s, clock(root))
+    look = _RootFiles(root, older_than_s, clock(root))
     reached = look.reached(keep, [*look.indexes(), *also])
     found = Withdrawn(reached=len(reached & set(look.artefacts)), blocked=look.blocked(), dry_run=dry_run)
     steps = look.swept_data() + look.swept_runs()
@@ -128,8 +128,7 @@ def vacuum_artefacts(
         count = found.deleted.setdefault(reason, [0, 0])
         count[0], count[1] = count[0] + 1, count[1] + entry.size
     if not dry_run:
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(lambda step: root.delete(step.entry.name), steps))
+        root.delete_all(step.entry.name for step in steps)
     return found
 
 
@@ -143,8 +142,8 @@ def _withdraw(root: Store, name: Name, folder: _Folder) -> None:
     say(f"withdrawn: {base}")
 
 
-class _Look:
-    """What lies below a root, listed once."""
+class _RootFiles:
+    """The objects below a root, listed once."""
 
     def __init__(self, root: Store, older_than_s: float, now_s: float) -> None:
         self._root, self._older_than_s, self._now_s = root, older_than_s, now_s
@@ -236,7 +235,7 @@ class _Look:
         return (entry for entry in unnamed if self.is_old(newest[attempts[entry.name]]))
 
     def swept_runs(self) -> list[_Step]:
-        """Of training runs that have rested for an age: what no resumption needs."""
+        """Files of training runs that have rested for an age, which no resumption needs."""
         steps: list[_Step] = []
         for run, folder in self.runs.items():
             if not folder.records or not self.is_old(folder.newest):

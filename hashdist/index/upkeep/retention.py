@@ -1,4 +1,4 @@
-"""What of an index's log is kept: tags, rollback, pins, and the clean-up that expires versions and deletes files.
+"""Versions that are kept: tags, rollback, pins, and the clean-up that expires versions and deletes files.
 
 A vacuum commits first and deletes second (docs/decisions.md, S14). Its version says which versions are expired (they
 cannot be opened, tagged or rolled back to any more) and which attempts are revoked (nothing they wrote can be
@@ -37,21 +37,19 @@ from hashdist.index.index import Index
 from hashdist.index.manifest import (
     CONTENT,
     LISTS,
+    apply_rewrites,
     attempt_of,
     content,
+    files_of,
     kept_numbers,
     ranges,
     resolve,
-    rewritten,
     successor,
 )
-from hashdist.index.pins import Clock, Pin, Pins, pinned, read_pins, store_time
-from hashdist.index.shards.shard import files as shard_files
+from hashdist.index.pins import Clock, Pins, read_pins, store_time
 from hashdist.index.view import View
 from hashdist.store.base import Entry, Store
 from hashdist.store.commit import Log, Version, named_files
-
-__all__ = ["Pin", "Vacuumed", "pinned", "rollback", "seconds", "store_time", "tag", "untag", "vacuum"]
 
 LEAST_AGE_S = 3600.0
 """A vacuum of what is younger than this must be forced."""
@@ -143,7 +141,7 @@ def rollback(index: Index, to: int | str) -> int:
                 f"{view.uri}: version {view.number} ({view.manifest['operation']}) was committed by another writer "
                 "meanwhile, and a rollback would undo it too; open the index again, look, and roll back again"
             )
-        old = content(rewritten(index.versions.read(resolve(view.manifest, number)).manifest, view.manifest))
+        old = content(apply_rewrites(index.versions.read(resolve(view.manifest, number)).manifest, view.manifest))
         if old == seen:
             return None
         record = successor(view.version, "rollback", old, rolled_back_to=number)
@@ -158,7 +156,7 @@ def rollback(index: Index, to: int | str) -> int:
 
 @dataclass
 class Vacuumed:
-    """What a vacuum did, or would do.
+    """Outcome of a vacuum, or of a dry run.
 
     Attributes:
         version: the one it committed; the newest one where nothing was to be expired or revoked.
@@ -199,18 +197,18 @@ def vacuum(
 
     Raises:
         InvalidInput: an age that must be forced. Conflict, Unavailable, OutcomeUnknown: of the commit; nothing was
-            deleted. What fails after the commit is no error, but said in `unfinished`.
+            deleted. A failure after the commit is no error; `unfinished` says it.
     """
     if older_than_s < LEAST_AGE_S and not force:
         raise InvalidInput(
             f"an age of at least {LEAST_AGE_S / 3600:g} hour is required, found {older_than_s:g} s: searches without a "
             "pin and writers that are at work rely on it; if there are none, --force takes less"
         )
-    look = _Look(index.versions, older_than_s, clock(index.store))
+    look = _IndexFiles(index.versions, older_than_s, clock(index.store))
     if dry_run:
         plan = look.plan(index.versions.latest() or index.view.version)
         return _result(plan, look.deletable(plan, plan.pins.versions), dry_run=True)
-    plans: list[_Plan] = []
+    plans: list[_VacuumPlan] = []
 
     def propose(view: View, _tried: int) -> dict[str, Any] | None:
         plans.append(look.plan(view.version))
@@ -241,8 +239,8 @@ class _Garbage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is to be expired, revoked and deleted upon one version."""
+class _VacuumPlan:
+    """A vacuum worked out against one version."""
 
     head: Version
     keep: list[int]
@@ -269,8 +267,8 @@ class _Plan:
         )
 
 
-class _Look:
-    """What lies below an index, listed once; plans are made of it upon one version after the other.
+class _IndexFiles:
+    """The files of an index, listed once; plans are made of them upon one version after the other.
 
     A plan may be made upon a version that is newer than the listing: what that one brought is not in the listing, or
     is named by it.
@@ -291,8 +289,8 @@ class _Look:
             elif not entry.name.startswith("pins/"):
                 self._foreign += 1
 
-    def plan(self, head: Version) -> _Plan:
-        """What to do upon `head`."""
+    def plan(self, head: Version) -> _VacuumPlan:
+        """The plan upon `head`."""
         numbers, pins = kept_numbers(head.manifest), read_pins(self._log.store, self.now_s)
         manifests = self._read(numbers)
         held = {head.number, *head.manifest.get("tags", {}).values(), *pins.versions}
@@ -314,7 +312,7 @@ class _Look:
         garbage += [_Garbage(UNFINISHED, e) for e in self._log.store.abandoned() if self._is_old_file(e)]
         garbage += [_Garbage(PINS, entry) for entry in pins.over]
         revoke = sorted(set(dead) - revoked)
-        return _Plan(head, keep, expire, revoke, garbage, pins, self._older_than_s, self._foreign)
+        return _VacuumPlan(head, keep, expire, revoke, garbage, pins, self._older_than_s, self._foreign)
 
     def _named_once(
         self, last: Mapping[str, int], needed: set[str], erased: set[str]
@@ -336,7 +334,7 @@ class _Look:
                 garbage.append(_Garbage(LEFT_OVER, entry))
         return garbage, unnamed
 
-    def deletable(self, plan: _Plan, pinned_versions: Iterable[int]) -> list[_Garbage]:
+    def deletable(self, plan: _VacuumPlan, pinned_versions: Iterable[int]) -> list[_Garbage]:
         """The plan's garbage without what pinned versions name, expired or not. A purge goes over pins."""
         read = self._read([number for number in pinned_versions if 1 <= number <= plan.head.number])
         spared = set().union(*(self._content(manifest, plan.head) for manifest in read.values()))
@@ -361,12 +359,12 @@ class _Look:
         parts = entry.get("parts", {})
         same = (entry["path"], *parts, *(own for _, _, *more in parts.values() for own in more))
         if same not in self._known:
-            self._known[same] = frozenset(e["path"] for e in (shard_files(entry) if parts else [entry]))
+            self._known[same] = frozenset(file["path"] for file in files_of(entry))
         return self._known[same]
 
     def _content(self, manifest: Mapping[str, Any], head: Version) -> set[str]:
         """The files that a version's content consists of now."""
-        return self._named(content(rewritten(manifest, head.manifest)))
+        return self._named(content(apply_rewrites(manifest, head.manifest)))
 
     def _superseded(self, number: int) -> float | None:
         return self._stamps.get(number + 1)
@@ -381,21 +379,13 @@ class _Look:
 
 def _delete(store: Store, garbage: Sequence[_Garbage]) -> tuple[list[_Garbage], str]:
     """Delete files; returns those that are gone, and why others are not."""
-
-    def delete(one: _Garbage) -> str:
-        try:
-            store.delete(one.entry.name)
-        except HashdistError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        failures = list(pool.map(delete, garbage))
-    done = [one for one, failure in zip(garbage, failures, strict=True) if not failure]
-    return done, next(filter(None, failures), "")
+    failed: dict[str, HashdistError] = {}
+    store.delete_all((one.entry.name for one in garbage), failed)
+    done = [one for one in garbage if one.entry.name not in failed]
+    return done, next((str(failed[one.entry.name]) for one in garbage if one.entry.name in failed), "")
 
 
-def _result(plan: _Plan, done: Iterable[_Garbage], **more: Any) -> Vacuumed:
+def _result(plan: _VacuumPlan, done: Iterable[_Garbage], **more: Any) -> Vacuumed:
     deleted: dict[str, list[int]] = {}
     for reason, entry in done:
         count = deleted.setdefault(reason, [0, 0])

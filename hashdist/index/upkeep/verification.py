@@ -22,7 +22,7 @@ from hashdist.ground.errors import Corrupt, HashdistError, NotFound
 from hashdist.ground.progress import Progress
 from hashdist.ground.ranges import blocks
 from hashdist.index.index import Index
-from hashdist.index.manifest import LISTS, content, files, kept_numbers, rewritten
+from hashdist.index.manifest import apply_rewrites, content, entries_of, files, kept_numbers
 from hashdist.index.shards.shard import Shard, map_npy, parts
 from hashdist.store import Store, open_store
 from hashdist.store.commit import Log, digest
@@ -49,7 +49,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class Verified:
-    """What was found.
+    """Outcome of a verification.
 
     Attributes:
         versions: how many can be opened; all were looked at.
@@ -75,7 +75,7 @@ def verify(index: Index) -> Verified:
     """
     found = Verified()
     records, head = _records(index.versions, found)
-    contents = {str(number): content(rewritten(record, head)) for number, record in records.items()}
+    contents = {str(number): content(apply_rewrites(record, head)) for number, record in records.items()}
     if head.get("candidate"):
         contents[_CANDIDATE] = content(head["candidate"])
     named = _Named.by(contents, head)
@@ -144,7 +144,7 @@ class _Named:
         versions: dict[str, list[str]] = {}  # one list for all files of an entry: versions share most entries
         known: dict[tuple[str, ...], list[str]] = {}
         for version, record in contents.items():
-            for entry in (entry for name in LISTS for entry in record.get(name, ())):
+            for _, entry in entries_of(record):
                 unit = (entry["path"], *entry.get("parts", {}))
                 if unit not in known:
                     known[unit] = []

@@ -2,7 +2,7 @@
 
 Every peer (an actor, or a replica of the service) holds some of the shards and answers with its (distance, id) lists;
 the caller merges them, so answers are those of a search in one process, at any number of peers. `SpreadIndex` is an
-`Index` to search.
+`Index` to search: its engine is `Spread`, and its views read rows from the peers that hold them.
 
 A call names the version it is about, and a peer opens a version when it is first asked for. So a search sees one
 version throughout, a peer that was started again knows what to do, and a shard stays with its peer (and that
@@ -21,13 +21,11 @@ from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 
 from hashdist.ground import telemetry
-from hashdist.ground.errors import InvalidInput, NotFound, Unavailable
-from hashdist.index import Index, Matches
-from hashdist.index.change import checked_keys, some
-from hashdist.index.search.engines import Engine, joined
+from hashdist.ground.errors import InvalidInput, Unavailable
+from hashdist.index import Index
+from hashdist.index.search.engine import Engine, join
 from hashdist.index.search.filters import Filter
 from hashdist.index.search.rerank import PART
-from hashdist.index.search.tables import Use
 from hashdist.index.shards.shard import opening
 from hashdist.index.view import View
 from hashdist.nearest import scan
@@ -51,7 +49,7 @@ class Peers(Protocol):
     """Processes that each run a `Searcher`."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of peers."""
         ...
 
     def ask(self, calls: Sequence[Call]) -> list[Any]:
@@ -85,7 +83,7 @@ class Actors:
         self._actors: list[Any] = [ray.remote(Searcher).options(**options).remote() for _ in range(count)]
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of peers."""
         return len(self._actors)
 
     def ask(self, calls: Sequence[Call]) -> list[Any]:
@@ -109,42 +107,26 @@ class SpreadIndex(Index):
     """An index to search, its shards spread over peers. Use as a context manager, or `close` it. Needs Ray.
 
     Args:
-        index: any version of an index; `refresh` moves on to newer ones.
-        peers: who searches; a number = so many actors, started here.
+        index: any version of an index; `refresh` moves on to newer ones once all peers have opened them.
+        peers: who searches; a number = that many actors, started here.
         before: a version of the same index over the same peers; its shards stay where they are.
     """
 
     def __init__(self, index: Index, peers: int | Peers, before: View | None = None) -> None:
-        super().__init__(index.versions, index.view.version, writable=False)
         self._peers = Actors(peers) if isinstance(peers, int) else peers
-        self._spread = SpreadView(self._log, index.view.version, before or index.view, self._peers)
         try:
-            self._spread.ready()
+            super().__init__(index.versions, index.view.version, writable=False, before=before or index.view)
         except BaseException:
             self.close()
             raise
-        self._view = self._spread
 
-    def refresh(self) -> bool:
-        """Move to the newest version once all actors have opened it; whether there is a newer one than before."""
-        newest = self._newest()
-        if newest.number <= self.version:
-            return False
-        view = SpreadView(self._log, newest, self._view, self._peers)
+    def _open(self, version: Version, before: View | None) -> View:
+        view = SpreadView(self._log, version, before, self._peers)
         view.ready()
-        self._spread = view
-        self._advance(view)
-        return True
+        return view
 
-    def codes_of(self, keys: Sequence[str]) -> NDArray[np.uint8]:
-        """See Index."""
-        view = self._spread
-        found = np.empty((len(keys), self.bits // 8), np.uint8)
-        there = view.gather("codes", checked_keys(keys, distinct=False), found)
-        if not there.all():
-            missing = [key for key, known in zip(keys, there, strict=True) if not known]
-            raise NotFound(f"every key must be in {self.uri}, version {view.number}; {some(missing)} are not")
-        return found
+    def _engine(self, engine: str | Engine, **knobs: Any) -> Engine:
+        return Spread(super()._engine(engine, **knobs))
 
     def close(self) -> None:
         """End the peers."""
@@ -157,8 +139,32 @@ class SpreadIndex(Index):
         self.close()
 
 
+class Spread(Engine):
+    """The peers of a `SpreadView` as an engine: each answers by the engine given, from its own shards."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.exact, self.by_radius = engine, engine.exact, engine.by_radius
+
+    def matching(self, view: View, where: Filter | None) -> int:
+        """See Engine."""
+        if where is None:
+            return super().matching(view, None)
+        return sum(_spread(view).ask("matching", self._engine, where))
+
+    def nearest(self, view: View, queries_QW: NDArray[np.uint8], k: int, where: Filter | None) -> scan.Nearest:
+        """See Engine."""
+        found = _spread(view).ask("nearest", self._engine, ray.put(queries_QW), k, where)
+        parts = (scan.Nearest(*map(np.array, part)) for part in found)  # what Ray hands over is read-only
+        return self.complete(view, reduce(lambda a, b: scan.merge(a, b, k), parts), k, where)
+
+    def within(self, view: View, queries_QW: NDArray[np.uint8], radius: int, where: Filter | None) -> scan.Ball:
+        """See Engine."""
+        found = _spread(view).ask("within", self._engine, ray.put(queries_QW), radius, where)
+        return join([scan.Ball(*part) for part in found], len(queries_QW))
+
+
 class SpreadView(View):
-    """One version whose shards are searched by peers.
+    """One version whose shards peers have opened, and whose rows they read.
 
     Args:
         log: of the index.
@@ -167,7 +173,7 @@ class SpreadView(View):
         peers: who searches.
     """
 
-    def __init__(self, log: Log, version: Version, before: View, peers: Peers) -> None:
+    def __init__(self, log: Log, version: Version, before: View | None, peers: Peers) -> None:
         super().__init__(log, version, before)
         placed: Mapping[str, int] = before.placed if isinstance(before, SpreadView) else {}
         self.placed: dict[str, int] = place({shard.name: shard.rows for shard in self.shards}, len(peers), placed)
@@ -185,58 +191,45 @@ class SpreadView(View):
 
     def ready(self) -> None:
         """Return once every peer has opened its part."""
-        self._ask("matching", None)
+        self.ask("open")
 
     def bring(self) -> None:
         """See View: to the peers' machines."""
-        self._ask("bring")
-
-    def matching(self, where: Filter | None) -> int:
-        """See View."""
-        return super().matching(None) if where is None else sum(self._ask("matching", where))
-
-    def nearest(
-        self, queries_QW: NDArray[np.uint8], k: int, where: Filter | None = None, engine: Engine | None = None
-    ) -> scan.Nearest:
-        """See View."""
-        found = self._ask("nearest", ray.put(queries_QW), k, where, engine)
-        parts = (scan.Nearest(*map(np.array, part)) for part in found)  # what Ray hands over is read-only
-        return self.complete(reduce(lambda a, b: scan.merge(a, b, k), parts), k, where)
-
-    def within(
-        self,
-        queries_QW: NDArray[np.uint8],
-        radius: int,
-        where: Filter | None = None,
-        engine: Engine | None = None,
-        tables: Use = "auto",
-    ) -> Matches:
-        """See View."""
-        balls = [scan.Ball(*part) for part in self._ask("within", ray.put(queries_QW), radius, where, engine, tables)]
-        return Matches(*joined(balls, len(queries_QW)), self)
+        self.ask("bring")
 
     def keys_of(self, ids: NDArray[np.int64]) -> list[str]:
         """See View."""
         keys = np.empty(len(ids), object)
-        self.gather("keys", ids, keys)
+        self._gather_from_peers("keys", ids, keys)
         return list(keys)
+
+    def codes_of(self, keys: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """See View."""
+        codes = np.zeros((len(keys), self.manifest["bits"] // 8), np.uint8)
+        return codes, self._gather_from_peers("codes", keys, codes)
 
     def features(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """See View."""
         found = np.empty((len(ids), self.manifest[PART]["width"]), np.float16)
-        self.gather("features", ids, found)
+        self._gather_from_peers("features", ids, found)
         return found
 
-    def gather(self, what: str, wanted: Any, into: NDArray[Any]) -> NDArray[np.bool_]:
+    def _gather_from_peers(self, what: str, wanted: Any, into: NDArray[Any]) -> NDArray[np.bool_]:
         """Keys or features of ids, or codes of keys, from the peers that have them; which of them were found."""
         there = np.zeros(len(into), np.bool_)
-        for which, values in self._ask("take", what, ray.put(wanted)):
+        for which, values in self.ask("take", what, ray.put(wanted)):
             into[which], there[which] = values, True
         return there
 
-    def _ask(self, what: str, *arguments: Any) -> list[Any]:
+    def ask(self, what: str, *arguments: Any) -> list[Any]:
         """The answers of all peers that hold shards. Raises what they raise; Unavailable where one is gone."""
         return self._peers.ask([Call(peer, what, (name, part, *arguments)) for peer, name, part in self._asked])
+
+
+def _spread(view: View) -> SpreadView:
+    if not isinstance(view, SpreadView):
+        raise InvalidInput(f"peers search a version that is spread over them, found {type(view).__name__}")
+    return view
 
 
 def place(rows: Mapping[str, int], actors: int, before: Mapping[str, int]) -> dict[str, int]:
@@ -250,35 +243,39 @@ def place(rows: Mapping[str, int], actors: int, before: Mapping[str, int]) -> di
 
 
 class Searcher:
-    """What runs in a peer's process: parts of the last versions, opened."""
+    """Runs in a peer's process: holds its parts of the last versions open."""
 
     def __init__(self) -> None:
         telemetry.set_sink(metrics.RaySink())
         self._views: dict[str, View] = {}
         self._opening = Lock()
 
+    def open(self, name: str, part: list[Any]) -> None:
+        """Open the shards."""
+        self._view(name, part)
+
     def bring(self, name: str, part: list[Any]) -> None:
         """Bring all that a search reads to this machine."""
         self._view(name, part).bring()
 
-    def matching(self, name: str, part: list[Any], where: Filter | None) -> int:
+    def matching(self, name: str, part: list[Any], engine: Engine, where: Filter | None) -> int:
         """Live rows here that match."""
-        return self._view(name, part).matching(where)
+        return engine.matching(self._view(name, part), where)
 
     def nearest(
         self,
         name: str,
         part: list[Any],
+        engine: Engine,
         queries_QW: NDArray[np.uint8],
         k: int,
         where: Filter | None,
-        engine: Engine | None,
     ) -> tuple[NDArray[Any], ...]:
         """The k nearest rows here, or as many as match."""
         view = self._view(name, part)
-        here = min(k, view.matching(where))
+        here = min(k, engine.matching(view, where))
         if here:
-            return tuple(view.nearest(queries_QW, here, where, engine))
+            return tuple(engine.nearest(view, queries_QW, here, where))
         nothing = np.empty((len(queries_QW), 0))
         return nothing.astype(np.int32), nothing.astype(np.int64), np.zeros(len(queries_QW), np.int64)
 
@@ -286,18 +283,17 @@ class Searcher:
         self,
         name: str,
         part: list[Any],
+        engine: Engine,
         queries_QW: NDArray[np.uint8],
         radius: int,
         where: Filter | None,
-        engine: Engine | None,
-        tables: Use,
     ) -> tuple[NDArray[Any], ...]:
         """The rows here within the radius: offsets, ids, distances."""
-        found = self._view(name, part).within(queries_QW, radius, where, engine, tables)
-        return found.offsets, found.ids, found.distances
+        found = engine.within(self._view(name, part), queries_QW, radius, where)
+        return found.offsets, found.rows, found.distances
 
     def take(self, name: str, part: list[Any], what: str, wanted: Any) -> tuple[NDArray[np.int64], Any]:
-        """Which of the ids or keys wanted are here, and what was asked of them."""
+        """Which of the ids or keys wanted are here, and their codes, keys or features."""
         view = self._view(name, part)
         places = view.find(wanted) if what == "codes" else view.locate(wanted)
         which = np.flatnonzero(places.present)
@@ -313,13 +309,13 @@ class Searcher:
         with self._opening:  # searches of the version before go on meanwhile
             if name not in self._views:
                 log, version = ray.get(part[0])
-                view = _opened(log, version, next(reversed(self._views.values()), None))
+                view = _open_part(log, version, next(reversed(self._views.values()), None))
                 # replaced as a whole, so that a look needs no lock
                 self._views = dict([*self._views.items(), (name, view)][-_VERSIONS_HELD:])
             return self._views[name]
 
 
-def _opened(log: Log, version: Version, before: View | None) -> View:
+def _open_part(log: Log, version: Version, before: View | None) -> View:
     """Some shards of a version as a version of their own: `rows` is the number of live ones among theirs."""
     view = View(log, version, before)
     for _ in opening(view.shards):

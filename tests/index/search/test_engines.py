@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,11 @@ from numpy.typing import NDArray
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ids import image_ids
 from hashdist.index import Index, create_index, open_index
-from hashdist.index.search import engines, filters
+from hashdist.index.search import engines, filters, scanning
+from hashdist.index.search import faiss as faiss_engines
+from hashdist.index.search.engine import Engine, recall
+from hashdist.index.view import View
+from hashdist.nearest import scan
 
 Codes = NDArray[np.uint8]
 EXACT = [engines.Folded(), engines.Faiss(), engines.Torch(device="cpu"), engines.Torch(device="cpu", rows_at_once=37)]
@@ -57,9 +62,7 @@ def brute(codes: Codes, query: Codes, k: int, keep: Callable[[int], bool]) -> li
 @pytest.mark.parametrize("engine", EXACT, ids=repr)
 @pytest.mark.parametrize("shards", [1, 5])
 @pytest.mark.parametrize("kind", ["random", "three", "equal"])
-def test_exact_engines_break_ties_as_the_scan_does(
-    tmp_path: Path, engine: engines.Engine, shards: int, kind: str
-) -> None:
+def test_exact_engines_break_ties_as_the_scan_does(tmp_path: Path, engine: Engine, shards: int, kind: str) -> None:
     codes = random_codes(300, bits=16)
     if kind != "random":
         codes = random_codes(3 if kind == "three" else 1, bits=16)[np.arange(300) % (3 if kind == "three" else 1)]
@@ -110,13 +113,13 @@ def test_exact_engines_at_other_code_lengths(tmp_path: Path, bits: int, name: st
     [(engines.Ivf(probes=4), 0.6), (engines.Ivf(probes=10_000), 1.0), (engines.MultiHash(flips=1), 0.6)],
     ids=repr,
 )
-def test_approximate_engines_find_most(tmp_path: Path, engine: engines.Engine, least: float) -> None:
+def test_approximate_engines_find_most(tmp_path: Path, engine: Engine, least: float) -> None:
     codes = clustered_codes(3000)
     index = made(tmp_path, codes, 2, dead=60)
     queries = clustered_codes(40, seed=0)
     found, exact = (index.search(queries, 10, engine=which) for which in (engine, "scan"))
     assert found.ids.shape == exact.ids.shape == (40, 10)
-    assert least <= engines.recall(found.distances, exact.distances).mean() <= 1
+    assert least <= recall(found.distances, exact.distances).mean() <= 1
     # what is found is there, live, once, at its distance and in order
     ids = image_ids([str(row) for row in range(2940)])
     row_of = dict(zip(ids.tolist(), range(2940), strict=True))
@@ -157,8 +160,8 @@ def test_what_is_built_is_kept_in_the_cache_and_checked(
     index = made(tmp_path, clustered_codes(500), 1)
     queries = clustered_codes(5, seed=0)
     built: list[int] = []
-    own = engines._ivf
-    monkeypatch.setattr(engines, "_ivf", lambda *args: built.append(1) or own(*args))
+    own = faiss_engines._ivf
+    monkeypatch.setattr(faiss_engines, "_ivf", lambda *args: built.append(1) or own(*args))
     first = index.search(queries, 5, engine="ivf")
     (file,) = (own_cache / "engines").iterdir()
     assert file.name.startswith(index.view.shards[0].digest("codes"))
@@ -195,8 +198,8 @@ def test_engines_in_eight_threads(tmp_path: Path) -> None:
 def test_recall_counts_what_is_as_near_as_the_last_of_the_exact() -> None:
     exact = np.array([[0, 1, 3, 3], [2, 2, 2, 2]], np.int32)
     found = np.array([[0, 3, 3, 4], [2, 2, 2, 2]], np.int32)
-    np.testing.assert_array_equal(engines.recall(found, exact), [0.75, 1.0])
-    assert engines.recall(np.empty((2, 0), np.int32), np.empty((2, 0), np.int32)).tolist() == [1, 1]
+    np.testing.assert_array_equal(recall(found, exact), [0.75, 1.0])
+    assert recall(np.empty((2, 0), np.int32), np.empty((2, 0), np.int32)).tolist() == [1, 1]
 
 
 def test_engines_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -208,6 +211,36 @@ def test_engines_that_cannot_be_are_refused(tmp_path: Path) -> None:
     for wrong in (lambda: engines.Ivf(probes=0), lambda: engines.MultiHash(flips=-1)):
         with pytest.raises(InvalidInput, match="at least"):
             wrong()
+
+
+def test_an_engine_takes_those_knobs_that_are_its_own() -> None:
+    assert engines.find_engine("ivf", probes=3, k=9) == engines.Ivf(probes=3)
+    assert engines.find_engine("scan", tables="off", probes=3) == engines.Scan(tables="off")
+    assert engines.find_engine("folded", tables="off") == engines.Folded()
+    own = engines.MultiHash(flips=4)
+    assert engines.find_engine(own, flips=1) is own
+
+
+@dataclass(frozen=True)
+class Every(Engine):
+    """An engine of one's own: it leaves all to the scan, and counts."""
+
+    asked: list[int] = field(default_factory=list, compare=False)
+
+    def nearest(self, view: View, queries_QW: Codes, k: int, where: filters.Filter | None) -> scan.Nearest:
+        self.asked.append(len(queries_QW))
+        return scanning.nearest(view, queries_QW, k, where)
+
+
+def test_an_engine_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = made(tmp_path, clustered_codes(90), 2, dead=9)
+    own, queries = Every(), random_codes(3)
+    monkeypatch.setitem(engines.ENGINES, "every", Every)
+    assert engines.find_engine("every") == own
+    np.testing.assert_array_equal(index.search(queries, 5, engine=own).ids, index.search(queries, 5).ids)
+    assert own.asked == [3]
+    with pytest.raises(InvalidInput, match="does not search by radius"):
+        index.search_within(queries, 1, engine=own)
 
 
 def test_a_version_without_rows(tmp_path: Path) -> None:

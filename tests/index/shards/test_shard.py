@@ -12,7 +12,7 @@ from hashdist.ground import ids as ids_module
 from hashdist.ground.errors import Corrupt, InvalidInput
 from hashdist.index import create_index, open_index
 from hashdist.index import index as index_module
-from hashdist.index.shards.shard import Rows, Shard, files, packed, parts, write_shard
+from hashdist.index.shards.shard import Rows, Shard, files, pack, parts, write_shard
 from hashdist.store import cache, open_store
 
 
@@ -65,7 +65,7 @@ def test_a_file_that_is_not_what_the_manifest_says(tmp_path: Path, part: str) ->
     entries = iter("abcdefgh")
     ten, nine = (write_shard(store, lambda suffix: f"{next(entries)}{suffix}", rows_of(n)) for n in (10, 9))
     with pytest.raises(Corrupt, match="must"):
-        Shard(store, packed(ten, parts(ten) | {part: parts(nine)[part]})).verify()
+        Shard(store, pack(ten, parts(ten) | {part: parts(nine)[part]})).verify()
 
 
 def test_bad_rows_are_refused(tmp_path: Path) -> None:
@@ -131,9 +131,9 @@ def test_a_packed_entry_gives_its_files_back() -> None:
         return {"path": path, "bytes": len(path), "sha256": hashlib.sha256(path.encode()).hexdigest(), "rows": 7}
 
     made = {"codes": entry("shards/a/b.bin"), "keys": entry("shards/a/b.keys.arrow"), "rerank": entry("rerank/c/d.npy")}
-    shard = packed({"rows": 7, "version": 3}, made)
+    shard = pack({"rows": 7, "version": 3}, made)
     assert parts(shard) == made
     assert list(files(shard)) == list(made.values())
     assert (shard["path"], shard["version"]) == ("shards/a/b", 3)
-    assert parts(packed(shard, parts(shard))) == made
+    assert parts(pack(shard, parts(shard))) == made
     assert len(shard["parts"]["codes"]) == len(shard["parts"]["keys"]) == 2

@@ -17,11 +17,11 @@ from hashdist.collection import listing as listing_module
 from hashdist.collection import vocabulary
 from hashdist.collection.collection import Collection
 from hashdist.collection.listing import list_collection
-from hashdist.commands import purge
 from hashdist.ground.ids import image_id, image_ids
 from hashdist.ground.schema import OK, from_vectors, to_vectors, vector_schema
 from hashdist.ground.settings import CollectionSettings
 from hashdist.index import create_index, open_index
+from hashdist.index.upkeep import artefacts
 from hashdist.index.upkeep.artefacts import Artefacts, erase
 from hashdist.store import open_store
 from hashdist.store.commit import Artefact, Log, artefact, open_artefact, write_file, write_table
@@ -254,7 +254,7 @@ def test_killed_at_any_storage_call_and_run_again(tmp_path: Path, monkeypatch: p
                 raise Crash
 
         with monkeypatch.context() as patched:
-            patched.setattr(purge, "open_store", lambda uri: FaultyStore(real(uri), calls=call))
+            patched.setattr(artefacts, "open_store", lambda uri: FaultyStore(real(uri), calls=call))
             try:
                 erase(folder, [SECRET, key])
                 finished = True

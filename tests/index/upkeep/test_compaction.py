@@ -296,13 +296,13 @@ def meets(index: Index, monkeypatch: pytest.MonkeyPatch, others: Iterator[Callab
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The versions that were planned upon."""
     seen: list[int] = []
-    of = compaction._Plan.of
+    of = compaction._CompactionPlan.of
 
     def counted(view: Any, *args: Any) -> Any:
         seen.append(view.number)
         return of(view, *args)
 
-    monkeypatch.setattr(compaction._Plan, "of", counted)
+    monkeypatch.setattr(compaction._CompactionPlan, "of", counted)
     return seen
 
 

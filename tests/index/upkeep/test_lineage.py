@@ -11,7 +11,7 @@ import pytest
 
 from hashdist import cli
 from hashdist.ground.errors import NotFound
-from hashdist.index import Index, create_index, open_index
+from hashdist.index import Index, create_index, open_index, pins
 from hashdist.index.upkeep import retention
 from hashdist.index.upkeep.lineage import Withdrawn, vacuum_artefacts
 from hashdist.store import Store, commit, open_store
@@ -33,7 +33,7 @@ def root(root_uri: str) -> Store:
 
 
 def later(days: float) -> Callable[[Store], float]:
-    return lambda store: retention.store_time(store) + days * DAY
+    return lambda store: pins.store_time(store) + days * DAY
 
 
 def made(root: Store, kind: str, *inputs: Artefact, salt: str = "") -> Artefact:

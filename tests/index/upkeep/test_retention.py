@@ -39,7 +39,7 @@ def uri(root_uri: str) -> str:
 
 def days_later(days: float) -> Callable[[Store], float]:
     """The store's clock, so many days on: everything that is there now is that old."""
-    return lambda store: retention.store_time(store) + days * DAY
+    return lambda store: pins.store_time(store) + days * DAY
 
 
 def put(index: Index, **rows: int) -> int:
@@ -331,7 +331,7 @@ def test_a_store_whose_clock_is_wrong_changes_nothing(tmp_path: Path, days: floa
 
     index = replaced(str(tmp_path / "index"))
     skewed = Index(Log(Skewed(index.store)), index.view.version)
-    with retention.pinned(Index(Log(skewed.store), open_index(index.uri, 2).view.version, writable=False)):
+    with pins.pinned(Index(Log(skewed.store), open_index(index.uri, 2).view.version, writable=False)):
         assert retention.vacuum(skewed, 7 * DAY).expired == []
         done = retention.vacuum(skewed, 0, force=True)
     assert (done.expired, done.pinned) == ([1, 3, 4, 5], [2])
@@ -339,7 +339,7 @@ def test_a_store_whose_clock_is_wrong_changes_nothing(tmp_path: Path, days: floa
 
 def test_the_store_says_what_time_it_is(uri: str) -> None:
     index = create_index(uri, bits=16)
-    first = retention.store_time(index.store)
+    first = pins.store_time(index.store)
     stamp = index.store.stat("manifests/00000000000000000001.json").modified
     assert 0 <= first - stamp < 60
     assert names(index.store, data=False) == {"manifests/00000000000000000001.json"}
@@ -409,7 +409,7 @@ def test_a_writer_at_work_is_left_alone(uri: str, monkeypatch: pytest.MonkeyPatc
 def test_an_attempt_is_as_young_as_its_newest_file(uri: str) -> None:
     index = replaced(uri)
     old, new = (write_file(index.store, f"shards/{'a' * 32}/{name}.bin", b"1")["path"] for name in ("old", "new"))
-    now = retention.store_time(index.store)
+    now = pins.store_time(index.store)
     stamped = StampedStore(index.store, {old: now - 30 * DAY})
     done = retention.vacuum(Index(Log(stamped), index.view.version), 7 * DAY, clock=lambda store: now)
     assert (done.revoked, {old, new} <= names(index.store)) == ([], True)
@@ -467,17 +467,17 @@ def test_a_dropped_candidate_ages_from_when_it_was_dropped(uri: str) -> None:
 def test_a_pinned_version_is_kept_and_goes_afterwards(uri: str) -> None:
     index = replaced(uri)
     old = open_index(uri, 2)
-    with retention.pinned(old) as pin:
+    with pins.pinned(old) as pin:
         assert pin.version == 2
-        done = retention.vacuum(index, 7 * DAY, clock=lambda store: retention.store_time(store) + 1)
+        done = retention.vacuum(index, 7 * DAY, clock=lambda store: pins.store_time(store) + 1)
         assert done.pinned == [2]
         assert contents(old.view) == {"a": 1}
-    assert pins.read_pins(index.store, retention.store_time(index.store)) == pins.Pins()
+    assert pins.read_pins(index.store, pins.store_time(index.store)) == pins.Pins()
 
 
 def test_pins_hold_by_the_stores_clock_only(uri: str) -> None:
     index = replaced(uri)
-    with retention.pinned(open_index(uri, 2), held_s=9 * DAY):
+    with pins.pinned(open_index(uri, 2), held_s=9 * DAY):
         done = retention.vacuum(index, 7 * DAY, clock=days_later(8))
         assert (done.expired, done.pinned) == ([1, 3, 4, 5], [2])
         check(index, REPLACED, {1, 3, 4, 5})
@@ -490,7 +490,7 @@ def test_a_reader_that_pins_while_a_vacuum_commits_keeps_its_files(uri: str, mon
     held: list[Any] = []
 
     def pin() -> None:
-        held.append(retention.pinned(reader, held_s=9 * DAY))
+        held.append(pins.pinned(reader, held_s=9 * DAY))
         held[-1].__enter__()
 
     Stalls(index, monkeypatch, pin)
@@ -509,14 +509,14 @@ def test_a_reader_that_pins_after_a_vacuum_is_told(uri: str) -> None:
     index = replaced(uri)
     reader = open_index(uri, 2)
     retention.vacuum(index, 7 * DAY, clock=days_later(8))
-    with pytest.raises(NotFound, match="version 2 was vacuumed"), retention.pinned(reader):
+    with pytest.raises(NotFound, match="version 2 was vacuumed"), pins.pinned(reader):
         pass
     assert not list(index.store.list("pins/"))
 
 
 def test_a_pin_is_renewed_while_it_is_held(tmp_path: Path) -> None:
     index = replaced(str(tmp_path / "index"))
-    with retention.pinned(open_index(index.uri, 2), held_s=600, every_s=0.02) as pin:
+    with pins.pinned(open_index(index.uri, 2), held_s=600, every_s=0.02) as pin:
         first = {entry.name for entry in index.store.list("pins/")}
         assert len(first) == 1
         wait_until(lambda: len(found := {e.name for e in index.store.list("pins/")}) == 1 and found != first)
@@ -536,7 +536,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_a_pin_that_is_over_holds_nothing_and_is_collected(uri: str) -> None:
     index = replaced(uri)
-    pinned = retention.pinned(open_index(uri, 2), held_s=DAY)
+    pinned = pins.pinned(open_index(uri, 2), held_s=DAY)
     pinned.__enter__()  # and is killed
     done = retention.vacuum(index, 7 * DAY, clock=days_later(8))
     assert done.expired == [1, 2, 3, 4, 5]
@@ -549,7 +549,7 @@ def test_a_pin_that_is_over_holds_nothing_and_is_collected(uri: str) -> None:
 
 def test_a_pin_that_lapsed_is_checked_when_it_is_renewed(tmp_path: Path) -> None:
     index = replaced(str(tmp_path / "index"))
-    with retention.pinned(open_index(index.uri, 2), held_s=0.0, every_s=0) as pin:
+    with pins.pinned(open_index(index.uri, 2), held_s=0.0, every_s=0) as pin:
         pin.renew()
         retention.vacuum(index, 7 * DAY, clock=days_later(8))
         with pytest.raises(NotFound, match="version 2 was vacuumed"):
@@ -576,14 +576,14 @@ def test_a_reader_without_permission_to_write_is_told_in_one_line(
 ) -> None:
     index = replaced(str(tmp_path / "index"))
     reader = Index(Log(ReadOnly(index.store)), open_index(index.uri, 2).view.version, writable=False)
-    with retention.pinned(reader) as pin:
+    with pins.pinned(reader) as pin:
         assert not pin.written
         assert contents(open_index(index.uri, 2).view) == {"a": 1}
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "version 2 cannot be pinned" in lines[0]
     retention.vacuum(index, 7 * DAY, clock=days_later(8))
-    with pytest.raises(NotFound), retention.pinned(reader):
+    with pytest.raises(NotFound), pins.pinned(reader):
         pass
     dry = retention.vacuum(Index(Log(ReadOnly(index.store)), index.view.version), 7 * DAY, dry_run=True)
     assert dry.expired == []
@@ -684,7 +684,7 @@ def test_two_vacuums_and_writers_at_once_lose_nothing(uri: str) -> None:
         put(index, **{f"w{number}": number})
 
     def clean(index: Index) -> None:
-        retention.vacuum(index, 7 * DAY, clock=lambda store: retention.store_time(store) + 1)
+        retention.vacuum(index, 7 * DAY, clock=lambda store: pins.store_time(store) + 1)
 
     threads = [threading.Thread(target=run, args=(work, 4)) for work in (write, write, clean, clean)]
     for thread in threads:
@@ -815,7 +815,7 @@ def test_a_purge_that_was_killed_before_it_deleted_is_finished_by_a_vacuum(uri: 
     check(newest, {number: then for number, then in without.items() if number > 2}, set())
     gone = set(newest.manifest["purge"]["delete"])
     assert gone <= names(newest.store)
-    with retention.pinned(open_index(uri, 3)):
+    with pins.pinned(open_index(uri, 3)):
         done = retention.vacuum(newest, 7 * DAY)
     assert (done.expired, done.deleted["erased"][0]) == ([], len(gone))
     assert not gone & names(newest.store)

@@ -19,7 +19,7 @@ from hashdist.ground.ids import image_ids
 from hashdist.ground.schema import to_vectors, vector_schema
 from hashdist.ground.settings import EvaluateSettings, IndexSettings, Settings
 from hashdist.index import Index, create_index, open_index
-from hashdist.index.search.engines import Faiss, MultiHash
+from hashdist.index.search.faiss import Faiss, MultiHash
 from hashdist.index.search.filters import column, keys
 from hashdist.stages import evaluate
 from hashdist.stages import index as stage

@@ -236,7 +236,8 @@ class MethodModule(Protocol):
 
 def known_methods() -> list[str]:
     """Names of all methods, deep and shallow: the files beside this one."""
-    return sorted(m.name for m in pkgutil.iter_modules(hashdist.methods.__path__) if m.name != "contract")
+    files = pkgutil.iter_modules(hashdist.methods.__path__)
+    return sorted(file.name for file in files if not file.ispkg and file.name != "contract")
 
 
 def shallow_methods() -> list[str]:

@@ -32,10 +32,10 @@ from hashdist.methods.contract import (
     method_settings,
 )
 from hashdist.methods.parts.communicator import SingleProcess
+from hashdist.methods.parts.graph import build, find_rule, rule_for
 from hashdist.methods.parts.labels import one_hot, similar_pairs
 from hashdist.models.training import Checkpoint, train
 from hashdist.nearest import cosine, scan, shared
-from hashdist.stages.graph import sizes
 from hashdist.store.commit import Artefact
 from hashdist.store.vectors import read_vectors
 
@@ -69,7 +69,7 @@ class Entry:
 
     def rule(self) -> str:
         """The rule of the graph that it is trained on."""
-        return str(self.graph.get("rule", getattr(find_method(self.method), "GRAPH", "none")))
+        return rule_for(self.method, self.graph.get("rule", "auto"))
 
     def settings(self) -> Any:
         """The settings of a deep method; None for a shallow one. Raises InvalidInput."""
@@ -205,7 +205,7 @@ class Frame:
         """The graph that an entry is trained on, and how well its positives agree with labels."""
         chosen = replace(self._graph, **{**entry.graph, "rule": entry.rule()})
         if chosen not in self._graphs:
-            self._graphs[chosen] = self._built(chosen)
+            self._graphs[chosen] = self._build_graph(chosen)
         return self._graphs[chosen]
 
     def measure(self, codes: Codes) -> dict[str, Any]:
@@ -249,25 +249,19 @@ class Frame:
         query = np.ascontiguousarray(self.corpus.features[self.split.query])
         return cosine.nearest(query, base, self.recall_at, threads=self.threads).astype(np.int64)
 
-    def _built(self, chosen: GraphSettings) -> tuple[Graph | None, dict[str, Any]]:
-        if chosen.rule == "none":
+    def _build_graph(self, wanted: GraphSettings) -> tuple[Graph | None, dict[str, Any]]:
+        if find_rule(wanted.rule) is None:
             return None, {}
         started = time.perf_counter()
-        k1, k2 = sizes(chosen, len(self.split.train), "the training set")
-        near = cosine.self_nearest(self.sample, k1, threads=self.threads).rows_MK
-        inverted = shared.inverted_lists(near)
-        similarity = shared.initial_similarity if chosen.rule == "and" else shared.union_similarity
-        plain = similarity(near, inverted, k2, threads=self.threads)
-        w = shared.symmetric(plain, chosen.symmetrize)
-        about: dict[str, Any] = {"rule": chosen.rule, "k1": k1, "k2": k2, "seconds": time.perf_counter() - started}
+        built = build(self.sample, wanted, threads=self.threads)
+        seconds = time.perf_counter() - started
+        about: dict[str, Any] = {"rule": wanted.rule, "k1": built.k1, "k2": built.k2, "seconds": seconds}
         if self.labels is not None:
-            every = np.arange(len(near) + 1, dtype=np.int64) * k1
-            lists = shared.Sparse(every, near.ravel())
-            about["agreement"] = {
-                name: edge_agreement(edges, self.labels)
-                for name, edges in (("neighbours", lists), ("graph", plain), ("symmetric graph", w))
-            }
-        return Graph(w.indptr, w.indices, near), about
+            near = built.neighbours_NK
+            lists = shared.Sparse(np.arange(len(near) + 1, dtype=np.int64) * built.k1, near.ravel())
+            graphs = {"neighbours": lists, "graph": built.positives, "symmetric graph": built.symmetric}
+            about["agreement"] = {name: edge_agreement(edges, self.labels) for name, edges in graphs.items()}
+        return Graph(*built.symmetric, built.neighbours_NK), about
 
     def _fit_shallow(self, entry: Entry, length: int) -> Fitted:
         started = time.perf_counter()

@@ -19,8 +19,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from hashdist.evaluation import figures
-from hashdist.evaluation.experiment import Corpus, Entry, Fitted, Frame, read_corpus
+from hashdist.evaluation import classification, figures, measure
+from hashdist.evaluation.experiment import Corpus, Experiment, Fitted, Recipe, read_corpus
+from hashdist.evaluation.measure import Cuts
 from hashdist.evaluation.protocols import identity as protocol_identity
 from hashdist.evaluation.protocols import needs_labels
 from hashdist.ground.bits import check_bits
@@ -40,7 +41,6 @@ from hashdist.store.vectors import read_vectors
 
 REVISION = 1
 
-_SUMMARY = ("map@{cut}", "map_all_ties", "precision@{n}", "recall@{k}", "svm_accuracy", "svm_seconds")
 _KEYS = ("name", "bits", "seed")
 _LONG = ("curves", "history", "rounds", "watched")  # what fills curves.json, apart from the cells
 _VARIANT = {"method", "preset", "options", "graph"}
@@ -77,7 +77,7 @@ def run(settings: Settings, options: CompareOptions) -> dict[str, Any]:
 # What is compared
 
 
-def read_entries(options: CompareOptions, mode: str = "frozen") -> list[Entry]:
+def read_entries(options: CompareOptions, mode: str = "frozen") -> list[Recipe]:
     """The rows of a comparison, methods first, then variants. Raises InvalidInput.
 
     A method is written `name` or `name:preset`; without a preset it is `frozen` in frozen mode where the method has
@@ -86,14 +86,14 @@ def read_entries(options: CompareOptions, mode: str = "frozen") -> list[Entry]:
     found = []
     for text in options.methods:
         name, _, preset = text.partition(":")
-        found.append(Entry(text, name, preset or _preset(name, mode)))
+        found.append(Recipe(text, name, preset or _preset(name, mode)))
     for name, given in options.variants.items():
         if not isinstance(given, Mapping) or "method" not in given or set(given) - _VARIANT:
             raise InvalidInput(
                 f"variant {name} must be a mapping with `method` and any of preset, options and graph, found {given}"
             )
         preset = given.get("preset") or _preset(given["method"], mode)
-        found.append(Entry(name, given["method"], preset, given.get("options", {}), given.get("graph", {})))
+        found.append(Recipe(name, given["method"], preset, given.get("options", {}), given.get("graph", {})))
     names = [entry.name for entry in found]
     if not found or len(set(names)) < len(names):
         raise InvalidInput(f"a comparison needs methods or variants of different names, found {', '.join(names) or 0}")
@@ -119,13 +119,13 @@ def published() -> dict[str, dict[str, Any]]:
 class Cell:
     """One cell: what is fitted, with how many bits, under which split."""
 
-    entry: Entry
+    entry: Recipe
     bits: int
     seed: int
     record: str
 
 
-def _cells(settings: Settings, options: CompareOptions, entries: list[Entry], corpus: Corpus) -> Iterator[Cell]:
+def _cells(settings: Settings, options: CompareOptions, entries: list[Recipe], corpus: Corpus) -> Iterator[Cell]:
     """Seed by seed, so that a split and its graphs are made once."""
     wanted = settings.evaluate
     for seed in range(options.first_seed, options.first_seed + options.seeds):
@@ -150,7 +150,7 @@ def _cells(settings: Settings, options: CompareOptions, entries: list[Entry], co
                 yield Cell(entry, bits, seed, f"cells/{digest(identity)}.json")
 
 
-def _check(settings: Settings, options: CompareOptions, entries: list[Entry]) -> None:
+def _check(settings: Settings, options: CompareOptions, entries: list[Recipe]) -> None:
     for bits in options.bits:
         check_bits(bits)
     if not options.bits or options.seeds < 1:
@@ -204,18 +204,18 @@ class _Lab:
 
     def __init__(self, settings: Settings, options: CompareOptions, corpus: Corpus) -> None:
         self._settings, self._options, self._corpus = settings, options, corpus
-        self._frame: Frame | None = None
+        self._current: Experiment | None = None
 
     def compute(self, cell: Cell) -> dict[str, Any]:
         """The record of a cell."""
-        frame = self._framed(cell.seed)
+        experiment = self._experiment(cell.seed)
         entry = cell.entry
         on_ray = entry.deep and _on_ray(self._settings)
-        fitted = self._on_ray(cell) if on_ray else frame.fit(entry, cell.bits, self._options.watch)
-        graph = {} if on_ray or not entry.deep else frame.graph(entry)[1]
-        measured = frame.measure(fitted.codes)
+        fitted = self._on_ray(cell) if on_ray else experiment.fit(entry, cell.bits, self._options.watch)
+        graph = {} if on_ray or not entry.deep else experiment.graph(entry)[1]
+        measured = experiment.measure(fitted.codes)
         if self._options.svm:
-            measured["metrics"] |= frame.classify(fitted.codes)
+            measured["metrics"] |= experiment.classify(fitted.codes)
         return {
             "name": entry.name,
             "method": entry.method,
@@ -226,8 +226,8 @@ class _Lab:
             "bits": cell.bits,
             "seed": cell.seed,
             "protocol": self._settings.evaluate.protocol,
-            "split": frame.split.digest(),
-            "sizes": [len(frame.split.query), len(frame.split.train), len(frame.split.database)],
+            "split": experiment.split.digest(),
+            "sizes": [len(experiment.split.query), len(experiment.split.train), len(experiment.split.database)],
             "features": self._corpus.name,
             **measured,
             "seconds": fitted.seconds,
@@ -238,20 +238,18 @@ class _Lab:
             "watched": fitted.curve,
         }
 
-    def _framed(self, seed: int) -> Frame:
-        if self._frame is None or self._frame.seed != seed:
+    def _experiment(self, seed: int) -> Experiment:
+        if self._current is None or self._current.seed != seed:
             wanted = self._settings.evaluate
-            self._frame = Frame(
+            self._current = Experiment(
                 self._corpus,
                 wanted.protocol,
                 seed,
                 self._settings.graph,
+                cuts=Cuts.of(wanted),
                 threads=self._settings.train.threads,
-                cut=wanted.cut,
-                precision_at=wanted.precision_at,
-                recall_at=wanted.recall_at,
             )
-        return self._frame
+        return self._current
 
     def _on_ray(self, cell: Cell) -> Fitted:
         """Graph, training and codes by the stages, on Ray Train."""
@@ -307,8 +305,7 @@ def _line(settings: Settings, row: Mapping[str, Any]) -> str:
 
 def _metrics(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The metrics that tables show, the main one first."""
-    wanted = settings.evaluate
-    names = [name.format(cut=wanted.cut, n=wanted.precision_at, k=wanted.recall_at) for name in _SUMMARY]
+    names = [*measure.tabled(Cuts.of(settings.evaluate)), *classification.METRICS]
     return [name for name in names if rows and name in rows[0]["metrics"]]
 
 

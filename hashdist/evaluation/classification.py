@@ -20,7 +20,11 @@ COSTS = (0.01, 0.1, 1.0, 10.0)
 """Values of C that are tried."""
 
 
-class Part(NamedTuple):
+METRICS = ("svm_accuracy", "svm_seconds")
+"""Names of what a comparison reports of it."""
+
+
+class LabelledCodes(NamedTuple):
     """Packed codes uint8 [N, L/8] with the one label of each, int [N]."""
 
     codes: NDArray[np.uint8]
@@ -43,7 +47,9 @@ class Classified(NamedTuple):
     validation: dict[float, float]
 
 
-def classify(train: Part, validation: Part, test: Part, costs: Sequence[float] = COSTS) -> Classified:
+def classify(
+    train: LabelledCodes, validation: LabelledCodes, test: LabelledCodes, costs: Sequence[float] = COSTS
+) -> Classified:
     """Fit on the training part with each C, take the best on the validation part (the smallest of equals), and test.
 
     Raises InvalidInput: parts that do not fit together, or fewer than two classes to learn.
@@ -56,7 +62,7 @@ def classify(train: Part, validation: Part, test: Part, costs: Sequence[float] =
     return Classified(_accuracy(machine, test), seconds, best, found)
 
 
-def _fit(train: Part, cost: float) -> tuple[LinearSVC, float]:
+def _fit(train: LabelledCodes, cost: float) -> tuple[LinearSVC, float]:
     signs_NL = bits.signs(train.codes).astype(np.float64)
     # the dual's coordinate descent is slow where C is large and classes overlap; the primal has one solution, too
     machine = LinearSVC(C=cost, dual=False, max_iter=10_000)
@@ -65,11 +71,11 @@ def _fit(train: Part, cost: float) -> tuple[LinearSVC, float]:
     return machine, time.perf_counter() - started
 
 
-def _accuracy(machine: LinearSVC, part: Part) -> float:
+def _accuracy(machine: LinearSVC, part: LabelledCodes) -> float:
     return float(balanced_accuracy_score(part.labels, machine.predict(bits.signs(part.codes).astype(np.float64))))
 
 
-def _check(*parts: Part) -> None:
+def _check(*parts: LabelledCodes) -> None:
     widths = {part.codes.shape[1] for part in parts}
     if len(widths) != 1 or any(len(part.codes) != len(part.labels) or not len(part.codes) for part in parts):
         shapes = ", ".join(f"{part.codes.shape} with {len(part.labels)} labels" for part in parts)

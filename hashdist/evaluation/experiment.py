@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hashdist.evaluation import ranking, statistics
-from hashdist.evaluation.classification import Part, classify
+from hashdist.evaluation import measure, ranking, statistics
+from hashdist.evaluation.classification import METRICS, LabelledCodes, classify
 from hashdist.evaluation.protocols import Split, parts_of, split
 from hashdist.ground import bits
 from hashdist.ground.errors import InvalidInput
@@ -32,10 +32,10 @@ from hashdist.methods.contract import (
     method_settings,
 )
 from hashdist.methods.parts.communicator import SingleProcess
-from hashdist.methods.parts.labels import one_hot, similar_pairs
+from hashdist.methods.parts.graph import build, find_rule, rule_for
+from hashdist.methods.parts.labels import one_hot
 from hashdist.models.training import Checkpoint, train
-from hashdist.nearest import cosine, scan, shared
-from hashdist.stages.graph import sizes
+from hashdist.nearest import cosine, shared
 from hashdist.store.commit import Artefact
 from hashdist.store.vectors import read_vectors
 
@@ -45,7 +45,7 @@ Codes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Recipe:
     """One row of a comparison.
 
     Args:
@@ -69,7 +69,7 @@ class Entry:
 
     def rule(self) -> str:
         """The rule of the graph that it is trained on."""
-        return str(self.graph.get("rule", getattr(find_method(self.method), "GRAPH", "none")))
+        return rule_for(self.method, self.graph.get("rule", "auto"))
 
     def settings(self) -> Any:
         """The settings of a deep method; None for a shallow one. Raises InvalidInput."""
@@ -149,18 +149,16 @@ class Fitted:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Frame:
+class Experiment:
     """A corpus under one split.
 
     Args:
         corpus: the images.
         protocol: hashdist/evaluation/protocols.py.
         seed: of the split.
-        graph: settings of graphs, where an entry does not say otherwise.
+        graph: settings of graphs, where a recipe does not say otherwise.
+        cuts: how deep metrics look.
         threads: CPU threads.
-        cut: R of mAP@R.
-        precision_at: N of precision@N.
-        recall_at: k of the label-free recall@k.
     """
 
     def __init__(
@@ -170,14 +168,12 @@ class Frame:
         seed: int,
         graph: GraphSettings,
         *,
+        cuts: measure.Cuts | None = None,
         threads: int = 1,
-        cut: int = 5000,
-        precision_at: int = 100,
-        recall_at: int = 10,
     ) -> None:
         labels = None if corpus.labels is None else corpus.label_lists(np.arange(len(corpus.ids)))
         self.corpus, self.seed, self._graph, self.threads = corpus, seed, graph, threads
-        self.cut, self.precision_at, self.recall_at = cut, precision_at, recall_at
+        self.cuts = cuts or measure.Cuts()
         self.split: Split = split(protocol, corpus.ids, labels, seed, corpus.parts)
         self._graphs: dict[GraphSettings, tuple[Graph | None, dict[str, Any]]] = {}
 
@@ -191,41 +187,37 @@ class Frame:
         """Labels of the training images."""
         return None if self.corpus.labels is None else self.corpus.labels[self.split.train]
 
-    def fit(self, entry: Entry, length: int, watch: int = 0) -> Fitted:
-        """Fit or train `entry` on the training set and encode everything.
+    def fit(self, recipe: Recipe, length: int, watch: int = 0) -> Fitted:
+        """Fit or train `recipe` on the training set and encode everything.
 
         Args:
-            entry: what.
+            recipe: what.
             length: code length in bits.
             watch: measure after every so many epochs too; 0 = never.
         """
-        return self._train(entry, length, watch) if entry.deep else self._fit_shallow(entry, length)
+        return self._train(recipe, length, watch) if recipe.deep else self._fit_shallow(recipe, length)
 
-    def graph(self, entry: Entry) -> tuple[Graph | None, dict[str, Any]]:
-        """The graph that an entry is trained on, and how well its positives agree with labels."""
-        chosen = replace(self._graph, **{**entry.graph, "rule": entry.rule()})
+    def graph(self, recipe: Recipe) -> tuple[Graph | None, dict[str, Any]]:
+        """The graph that a recipe is trained on, and how well its positives agree with labels."""
+        chosen = replace(self._graph, **{**recipe.graph, "rule": recipe.rule()})
         if chosen not in self._graphs:
-            self._graphs[chosen] = self._built(chosen)
+            self._graphs[chosen] = self._build_graph(chosen)
         return self._graphs[chosen]
 
     def measure(self, codes: Codes) -> dict[str, Any]:
         """Metrics, curves and statistics of codes uint8 [N, L/8] of all images."""
         query, database = self.split.query, self.split.database
-        base = np.ascontiguousarray(codes[database])
-        depth = min(max(self.cut, self.precision_at, self.recall_at, max(ranking.PRECISION_AT)), len(database))
-        found = scan.nearest(base, codes[query], depth, threads=self.threads)
-        exact = self._exact_neighbours
-        metrics: dict[str, float] = {}
-        curves: dict[str, Any] = {}
+        base, masks = np.ascontiguousarray(codes[database]), self.corpus.masks
+        depth = min(self.cuts.depth, len(database))
+        found = measure.search(base, codes[query], masks[database], masks[query], depth, threads=self.threads)
+        results = measure.Results(found.nearest.rows_QK.astype(np.int64), exact_QK=self._exact_neighbours)
         if self.corpus.labels is not None:
-            masks = self.corpus.masks
-            counts = scan.histograms(base, codes[query], masks[database], masks[query], threads=self.threads)
-            relevant: NDArray[np.bool_] = np.any(masks[database][found.rows_QK] & masks[query][:, None], axis=2)
-            metrics = ranking.summary(counts, relevant, self.cut, self.precision_at)
-            curves = {"radius": ranking.by_radius(counts), "precision_at": ranking.precision_curve(relevant)}
-        near = found.rows_QK[:, : exact.shape[1]].astype(np.int64)
-        metrics[f"recall@{self.recall_at}"] = float(ranking.recall_at(near, exact).mean())
-        return {"metrics": metrics, "curves": curves, "codes": code_statistics(base)}
+            results = replace(results, histograms=found.histograms, relevant=found.relevant)
+        return {
+            "metrics": measure.metrics(results, self.cuts),
+            "curves": measure.curves(results),
+            "codes": statistics.of_codes(base),
+        }
 
     def classify(self, codes: Codes) -> dict[str, float]:
         """A support vector machine on the codes (DDH, Table 6): `svm_accuracy`, and `svm_seconds` of the fit alone.
@@ -239,59 +231,53 @@ class Frame:
                 f"{len(self.split.validation)} of these; use flowers17, or a protocol file"
             )
         sets = (self.split.train, self.split.validation, self.split.query)
-        train, validation, test = (Part(codes[rows], labels[rows].argmax(1)) for rows in sets)
+        train, validation, test = (LabelledCodes(codes[rows], labels[rows].argmax(1)) for rows in sets)
         found = classify(train, validation, test)
-        return {"svm_accuracy": found.accuracy, "svm_seconds": found.seconds}
+        return dict(zip(METRICS, (found.accuracy, found.seconds), strict=True))
 
     @cached_property
     def _exact_neighbours(self) -> NDArray[np.int64]:
         base = np.ascontiguousarray(self.corpus.features[self.split.database])
         query = np.ascontiguousarray(self.corpus.features[self.split.query])
-        return cosine.nearest(query, base, self.recall_at, threads=self.threads).astype(np.int64)
+        return cosine.nearest(query, base, self.cuts.recall_at, threads=self.threads).astype(np.int64)
 
-    def _built(self, chosen: GraphSettings) -> tuple[Graph | None, dict[str, Any]]:
-        if chosen.rule == "none":
+    def _build_graph(self, wanted: GraphSettings) -> tuple[Graph | None, dict[str, Any]]:
+        if find_rule(wanted.rule) is None:
             return None, {}
         started = time.perf_counter()
-        k1, k2 = sizes(chosen, len(self.split.train), "the training set")
-        near = cosine.self_nearest(self.sample, k1, threads=self.threads).rows_MK
-        inverted = shared.inverted_lists(near)
-        similarity = shared.initial_similarity if chosen.rule == "and" else shared.union_similarity
-        plain = similarity(near, inverted, k2, threads=self.threads)
-        w = shared.symmetric(plain, chosen.symmetrize)
-        about: dict[str, Any] = {"rule": chosen.rule, "k1": k1, "k2": k2, "seconds": time.perf_counter() - started}
+        built = build(self.sample, wanted, threads=self.threads)
+        seconds = time.perf_counter() - started
+        about: dict[str, Any] = {"rule": wanted.rule, "k1": built.k1, "k2": built.k2, "seconds": seconds}
         if self.labels is not None:
-            every = np.arange(len(near) + 1, dtype=np.int64) * k1
-            lists = shared.Sparse(every, near.ravel())
-            about["agreement"] = {
-                name: edge_agreement(edges, self.labels)
-                for name, edges in (("neighbours", lists), ("graph", plain), ("symmetric graph", w))
-            }
-        return Graph(w.indptr, w.indices, near), about
+            near = built.neighbours_NK
+            lists = shared.Sparse(np.arange(len(near) + 1, dtype=np.int64) * built.k1, near.ravel())
+            graphs = {"neighbours": lists, "graph": built.positives, "symmetric graph": built.symmetric}
+            about["agreement"] = {name: statistics.edge_agreement(edges, self.labels) for name, edges in graphs.items()}
+        return Graph(*built.symmetric, built.neighbours_NK), about
 
-    def _fit_shallow(self, entry: Entry, length: int) -> Fitted:
+    def _fit_shallow(self, recipe: Recipe, length: int) -> Fitted:
         started = time.perf_counter()
         sample = self.sample.astype(np.float32)
-        encoder = fit_shallow(find_method(entry.method), sample, self.labels, length, self.seed)
+        encoder = fit_shallow(find_method(recipe.method), sample, self.labels, length, self.seed)
         fitted = time.perf_counter()
         parts = [bits.pack(encoder(self.corpus.features[a:b])) for a, b in blocks(len(self.corpus.ids), 8192)]
         return Fitted(np.concatenate(parts), {"fit": fitted - started, "encode": time.perf_counter() - fitted})
 
-    def _train(self, entry: Entry, length: int, watch: int) -> Fitted:
-        module = deep_method(find_method(entry.method))
+    def _train(self, recipe: Recipe, length: int, watch: int) -> Fitted:
+        module = deep_method(find_method(recipe.method))
         if module.USES == "labels":
             check_labels(module.NAME, self.labels)
-        graph, about = self.graph(entry)
+        graph, about = self.graph(recipe)
         data = TrainingData(self.corpus.ids[self.split.train], self.sample, None, self.labels, graph)
         wanted = TrainSettings(
-            method=entry.method,
-            preset=entry.preset,
+            method=recipe.method,
+            preset=recipe.preset,
             bits=length,
             seed=self.seed,
-            options=dict(entry.options),
+            options=dict(recipe.options),
             threads=self.threads,
         )
-        chosen, curve = entry.settings(), []
+        chosen, curve = recipe.settings(), []
 
         def look(checkpoint: Checkpoint) -> None:
             done = len(checkpoint.history)
@@ -303,7 +289,7 @@ class Frame:
                 seconds = sum(epoch["seconds"] for epoch in checkpoint.history)
                 curve.append({"epoch": done, "seconds": seconds, "metrics": measured["metrics"]})
 
-        trained = train(find_method(entry.method), data, wanted, SingleProcess(), save=look, report=lambda _: None)
+        trained = train(find_method(recipe.method), data, wanted, SingleProcess(), save=look, report=lambda _: None)
         ended = time.perf_counter()
         codes = self._encoded(trained.network)
         seconds = {
@@ -325,32 +311,3 @@ class Frame:
         finally:
             torch.set_num_threads(before)
         return np.concatenate(parts)
-
-
-def code_statistics(codes_NW: Codes) -> dict[str, float]:
-    """Balance, entropy, correlation and collisions of codes uint8 [N, L/8].
-
-    Returns:
-        imbalance: mean over bits of |share of ones - 1/2|. entropy: mean over bits, in bits. correlation: mean of
-        |correlation| between different bits. distinct: distinct codes over N.
-    """
-    signs_NL = bits.signs(codes_NW)
-    share = (signs_NL > 0).mean(0)
-    off = ~np.eye(len(share), dtype=bool)
-    return {
-        "imbalance": float(np.abs(share - 0.5).mean()),
-        "entropy": float(statistics.bit_entropy(share).mean()),
-        "correlation": float(np.abs(statistics.bit_correlation(signs_NL)[off]).mean()),
-        "distinct": len(np.unique(codes_NW, axis=0)) / len(codes_NW),
-    }
-
-
-def edge_agreement(edges: shared.Sparse, labels_NC: NDArray[np.bool_]) -> dict[str, float]:
-    """How well listed pairs (i, j), i != j, share a label (DDH, Fig 2): precision, recall, and pairs per row."""
-    rows = np.repeat(np.arange(len(edges.indptr) - 1), np.diff(edges.indptr))
-    right = 0
-    for a, b in blocks(len(rows), 1 << 20):
-        right += int((labels_NC[rows[a:b]] & labels_NC[edges.indices[a:b]]).any(1).sum())
-    relevant = similar_pairs(labels_NC) - int(labels_NC.any(1).sum())
-    n = len(edges.indptr) - 1
-    return {"precision": right / max(1, len(rows)), "recall": right / max(1, relevant), "mean_row": len(rows) / n}

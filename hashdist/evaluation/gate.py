@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from hashdist.collection.collection import Collection
-from hashdist.evaluation import ranking
+from hashdist.evaluation import measure, ranking
 from hashdist.evaluation.probes import Probes, read_probes, smallest, write_probes
 from hashdist.ground.bits import pack, unpack
 from hashdist.ground.errors import InvalidInput, NotFound
@@ -327,22 +327,20 @@ class _Task:
 
     def _map(self, codes_SW: NDArray[np.uint8], masks: NDArray[np.uint64]) -> float:
         q = self.queries
-        histograms = scan.histograms(codes_SW, codes_SW[:q], masks, masks[:q]).copy()
-        histograms[:, 0, 0] -= 1
-        histograms[(masks[:q] != 0).any(1), 1, 0] -= 1
-        return float(ranking.tie_expected_ap(histograms).mean())
+        histograms = scan.histograms(codes_SW, codes_SW[:q], masks, masks[:q])
+        others = measure.without_own(histograms, masks[:q], np.ones(q, np.bool_))
+        return float(ranking.tie_expected_ap(others).mean())
 
     def _recall(self, codes_SW: NDArray[np.uint8]) -> float:
         q = self.queries
         k = min(self.k, len(self.ids) - 1)
         wanted = self.probes.neighbours_QK[np.searchsorted(self.probes.ids, self.ids[:q])]
         found = self.ids[scan.nearest(codes_SW, codes_SW[:q], k + 1).rows_QK]
-        shares = []
-        for own, exact, got in zip(self.ids[:q], wanted, found, strict=True):
-            exact = exact[np.isin(exact, self.ids)][:k]
-            if len(exact):
-                shares.append(np.isin(exact, got[got != own][: len(exact)]).mean())
-        return float(np.mean(shares)) if shares else 0.0
+        near = [exact[np.isin(exact, self.ids)][:k] for exact in wanted]
+        others = [got[got != own][: len(exact)] for own, exact, got in zip(self.ids[:q], near, found, strict=True)]
+        known = [row for row, exact in enumerate(near) if len(exact)]
+        recall = ranking.recall_at([others[row] for row in known], [near[row] for row in known])
+        return float(recall.mean()) if known else 0.0
 
 
 def _masks(labels: pa.Array) -> NDArray[np.uint64]:

@@ -20,7 +20,7 @@ AP@R = sum over r <= R of precision(r) relevant(r), divided by D. The papers dif
 A query without relevant images has AP 0 and stays in the mean.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from hashdist.ground.errors import InvalidInput
 
 Denominator = Literal["found", "all", "min"]
-_SUFFIX: dict[Denominator, str] = {"found": "", "all": "_all", "min": "_min"}
 Floats = NDArray[np.float64]
 
 PRECISION_AT = (1, *range(10, 1001, 10))
@@ -203,34 +202,10 @@ def precision_curve(relevant_QR: NDArray[np.bool_]) -> dict[str, list[int] | lis
     return {"n": places, "precision": [float(precision[n - 1]) for n in places]}
 
 
-def recall_at(found_QK: NDArray[np.int64], exact_QK: NDArray[np.int64]) -> Floats:
-    """Share of each query's exact neighbours that are among those found: float64 [Q]."""
-    shared = [len(np.intersect1d(found, exact)) for found, exact in zip(found_QK, exact_QK, strict=True)]
-    recall: Floats = np.array(shared, np.float64) / max(1, exact_QK.shape[1])
-    return recall
-
-
-def summary(
-    histograms_Q2T: NDArray[np.int64], relevant_QR: NDArray[np.bool_], cut: int, precision_cut: int
-) -> dict[str, float]:
-    """Every metric under the name that says its cut and its denominator; names ending in `_ties` are tie-expected.
-
-    Args:
-        histograms_Q2T: over the whole database.
-        relevant_QR: lists of at least min(max(cut, precision_cut), database) places.
-        cut: R.
-        precision_cut: N.
-    """
-    total_Q = histograms_Q2T[:, 1].sum(1)
-    top = relevant_QR[:, :cut]
-    ranked = {f"map@{cut}{_SUFFIX[by]}": ap_at(top, total_Q, by) for by in _SUFFIX}
-    expected = {f"map@{cut}{_SUFFIX[by]}_ties": tie_expected_ap(histograms_Q2T, cut, by) for by in _SUFFIX}
-    precision = {
-        f"precision@{precision_cut}": precision_at(relevant_QR, precision_cut),
-        f"precision@{precision_cut}_ties": tie_expected_precision(histograms_Q2T, precision_cut),
-    }
-    every = {"map_all_ties": tie_expected_ap(histograms_Q2T), **ranked, **expected, **precision}
-    return {name: float(values_Q.mean()) for name, values_Q in every.items()}
+def recall_at(found_QK: Iterable[NDArray[np.int64]], exact_QK: Iterable[NDArray[np.int64]]) -> Floats:
+    """Share of each query's exact neighbours that are among those found: float64 [Q]; lists may differ in length."""
+    pairs = zip(found_QK, exact_QK, strict=True)
+    return np.array([len(np.intersect1d(found, exact)) / max(1, len(exact)) for found, exact in pairs], np.float64)
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:

@@ -121,7 +121,7 @@ class GraphSettings:
     protocol: str = ""
     protocol_seed: int = 0
     labelled: bool = False
-    rule: Literal["auto", "and", "union", "none"] = "auto"
+    rule: str = "auto"
     neighbours: int = 0
     shared: int = 0
     symmetrize: Literal["or", "and", "none"] = "or"

@@ -59,7 +59,7 @@ PRESETS = {
 network = heads.linear
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """The neighbourhood loss."""
 
     settings: Settings

@@ -85,7 +85,7 @@ def factorise(
     return h_GL
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """Stage 2; stage 1 is done once, before it."""
 
     settings: Settings

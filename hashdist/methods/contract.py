@@ -4,8 +4,7 @@ A method is found by its file name in hashdist/methods. A deep method's file off
 
 - `NAME`, `CITATION`, and `USES`, what it learns from besides features or images: "graph", "labels" or "features"
   (nothing else);
-- `GRAPH`: the rule by which the graph stage builds its graph (hashdist/stages/graph.py): "and" (DSAH), "union" (DDH) or
-  "none";
+- `GRAPH`: the rule by which its graph is built (hashdist/methods/parts/graph.py): "and" (DSAH), "union" (DDH), "none";
 - `Settings`: a frozen dataclass of its hyper-parameters, with at least `rounds`, `epochs` (per round) and `batch`
   (images of a **global** batch), and `PRESETS`, named instances of it, "paper" among them;
 - `network(settings, width, bits, generator, frozen, classes)`: the head, from features [b, D] to a dict of outputs, of
@@ -41,8 +40,8 @@ Outputs = dict[str, Tensor]
 Encoder = Callable[[NDArray[np.floating]], NDArray[np.float32]]
 """A fitted shallow method: features [N, D] -> [N, L], bit = value >= 0."""
 
-GraphRule = Literal["and", "union", "none"]
-"""How a method's graph is built from neighbour lists; hashdist/stages/graph.py."""
+GraphRule = str
+"""How a method's graph is built from neighbour lists: a rule of hashdist/methods/parts/graph.py."""
 
 Encode = Callable[[], Tensor]
 """Hash-layer outputs z [n, L] of all training images in evaluation mode, float32 on the CPU, the same on every
@@ -236,7 +235,8 @@ class MethodModule(Protocol):
 
 def known_methods() -> list[str]:
     """Names of all methods, deep and shallow: the files beside this one."""
-    return sorted(m.name for m in pkgutil.iter_modules(hashdist.methods.__path__) if m.name != "contract")
+    files = pkgutil.iter_modules(hashdist.methods.__path__)
+    return sorted(file.name for file in files if not file.ispkg and file.name != "contract")
 
 
 def shallow_methods() -> list[str]:

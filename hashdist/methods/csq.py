@@ -4,8 +4,8 @@ Quantization for Efficient Image and Video Retrieval", CVPR 2020. Supervised; co
 | paper | here | shape | where |
 |---|---|---|---|
 | h_i in (0, 1) | sigmoid(2 z) = (tanh(z) + 1) / 2 | [b, L] | section 3 |
-| C = {c_1, ..., c_q}, from a Hadamard matrix | `centres.centres` | [C, L] | Definition 1, Algorithm 1 |
-| c'_i, the centre of image i's classes | `centres.centres_of_images` | [n, L] | section 3.2 |
+| C = {c_1, ..., c_q}, from a Hadamard matrix | `centres` | [C, L] | Definition 1, Algorithm 1 |
+| c'_i, the centre of image i's classes | `centres_of_images` | [n, L] | section 3.2 |
 | L_C = mean BCE(h_i, c'_i) | `central` | number | Eq 5 |
 | L_Q = sum log cosh(abs(2 h - 1) - 1) | `quantisation` | number | Eq 7 |
 | L_C + lambda_1 L_Q | `loss` | number | Eq 8 |
@@ -21,13 +21,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from hashdist.ground.bits import check_bits
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
 from hashdist.methods.parts import heads
-from hashdist.methods.parts.centres import centres, centres_of_images
 from hashdist.methods.parts.heads import HeadSettings, HeadTraining
 from hashdist.methods.parts.likelihood import log_cosh
 from hashdist.methods.parts.pairs import with_own_rows
@@ -62,6 +63,43 @@ PRESETS = {
 network = heads.linear
 
 
+def sylvester(size: int) -> NDArray[np.int8]:
+    """The Hadamard matrix of a power of two, [size, size] of +-1: H_2k = [[H, H], [H, -H]]."""
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"Sylvester's construction needs a power of two, found {size}")
+    matrix = np.ones((1, 1), np.int8)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def centres(classes: int, bits: int, rng: np.random.Generator) -> NDArray[np.int8]:
+    """One centre a class, [C, L] of +-1 (Algorithm 1 of CSQ).
+
+    Rows of H_L drawn without repetition where L is a power of two and C <= L: any two differ in L / 2 bits. Rows of
+    [H; -H] where C <= 2 L: L / 2 or L bits. Independent fair signs otherwise: L / 2 bits on average.
+    """
+    check_bits(bits)
+    if bits & (bits - 1) or classes > 2 * bits:
+        return (2 * rng.integers(0, 2, (classes, bits)) - 1).astype(np.int8)
+    rows: NDArray[np.int8] = sylvester(bits)
+    if classes > bits:
+        rows = np.concatenate([rows, -rows])
+    return rows[rng.permutation(len(rows))[:classes]]
+
+
+def centres_of_images(
+    labels_NC: NDArray[np.bool_], centres_CL: NDArray[np.int8], rng: np.random.Generator
+) -> NDArray[np.int8]:
+    """The centre of every image, [N, L]: bit by bit the majority of its classes' centres, a tie the sign of one draw.
+
+    The draw is one random code for all images, so that images with the same labels have the same centre.
+    """
+    votes_NL = labels_NC.astype(np.int32) @ centres_CL.astype(np.int32)
+    tie_L = 2 * rng.integers(0, 2, centres_CL.shape[1]) - 1
+    return np.where(2 * votes_NL + tie_L > 0, 1, -1).astype(np.int8)
+
+
 def central(z_BL: Tensor, centres_BL: Tensor) -> Tensor:
     """Eq 5: cross-entropy of (tanh(z) + 1) / 2 = sigmoid(2 z) and the centre's bits, a mean over all elements."""
     return functional.binary_cross_entropy_with_logits(2 * z_BL, (centres_BL + 1) / 2)
@@ -72,7 +110,7 @@ def quantisation(z_BL: Tensor) -> Tensor:
     return log_cosh(torch.tanh(z_BL).abs() - 1).mean()
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """Eq 8."""
 
     settings: Settings

@@ -15,18 +15,17 @@ against a bank of all n, alpha = .1, p = 2, RMSprop 1e-5), whose gradient stops 
 identity's, the "straight-through" gradient.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from hashdist.methods import contract
-from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place, check_labels
+from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
 from hashdist.methods.parts import heads
-from hashdist.methods.parts.bank import Bank
-from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.bank import BankTraining
+from hashdist.methods.parts.heads import HeadSettings
 from hashdist.methods.parts.likelihood import half_inner, indicator, negative_log_likelihood, similar
 from hashdist.methods.parts.pairs import all_rows, sum_over_ranks
 
@@ -60,7 +59,7 @@ PRESETS = {
 network = heads.linear
 
 
-class Method(HeadTraining, contract.Method):
+class Method(BankTraining):
     """Likelihood and balance."""
 
     settings: Settings
@@ -68,16 +67,14 @@ class Method(HeadTraining, contract.Method):
     def __init__(self, settings: Settings, place: Place) -> None:
         super().__init__(settings, place)
         self.labels_nC = indicator(check_labels(NAME, place.data.labels), place.device).to(place.dtype)
-        self.bank = Bank(place.data.n, place.bits, place.device, place.dtype)
 
-    def prepare(self, head: nn.Module, encode: Encode) -> None:
-        """Constants of frozen features, and the first outputs of all images."""
-        super().prepare(head, encode)
-        self.bank.fill(lambda: encode().clamp(-1, 1))
+    def outputs_of(self, z_nL: Tensor) -> Tensor:
+        """u, cut off at +-1."""
+        return z_nL.clamp(-1, 1)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         """The batch's rows against all n columns, a mean over B n pairs."""
-        u_bL, comm = outputs["z"].clamp(-1, 1), self.place.comm
+        u_bL, comm = self.outputs_of(outputs["z"]), self.place.comm
         self.bank.write(batch.rows_B, all_rows(u_bL, batch.sizes, comm))
         n, size = self.place.data.n, len(batch.rows_B)
         s_bn = similar(self.labels_nC[torch.from_numpy(batch.rows_B[batch.own])], self.labels_nC)
@@ -86,11 +83,3 @@ class Method(HeadTraining, contract.Method):
         backward = pair + self.settings.alpha * balance
         value, pair, balance = sum_over_ranks(torch.stack([backward, pair, balance]).detach(), comm)
         return Loss(backward, {"loss": value, "pair": pair, "balance": balance})
-
-    def state_dict(self) -> dict[str, Any]:
-        """The bank."""
-        return dict(self.bank.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The bank."""
-        self.bank.load_state_dict(state)

@@ -59,7 +59,7 @@ PRESETS = {
 network = heads.tanh
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """Eq 7."""
 
     settings: Settings

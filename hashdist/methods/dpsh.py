@@ -17,18 +17,16 @@ i), hence the 2 in `loss`. The released code divides by B n, so that the quantis
 eta = 10.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import nn
 
 from hashdist.methods import contract
-from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place, check_labels
+from hashdist.methods.contract import Batch, Loss, Outputs, Place, check_labels
 from hashdist.methods.parts import heads
-from hashdist.methods.parts.bank import Bank
-from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.bank import BankTraining
+from hashdist.methods.parts.heads import HeadSettings
 from hashdist.methods.parts.likelihood import half_inner, indicator, negative_log_likelihood, similar
 from hashdist.methods.parts.pairs import all_rows, signs, sum_over_ranks
 
@@ -60,7 +58,7 @@ PRESETS = {
 network = heads.linear
 
 
-class Method(HeadTraining, contract.Method):
+class Method(BankTraining):
     """Algorithm 1."""
 
     settings: Settings
@@ -68,12 +66,6 @@ class Method(HeadTraining, contract.Method):
     def __init__(self, settings: Settings, place: Place) -> None:
         super().__init__(settings, place)
         self.labels_nC = indicator(check_labels(NAME, place.data.labels), place.device).to(place.dtype)
-        self.bank = Bank(place.data.n, place.bits, place.device, place.dtype)
-
-    def prepare(self, head: nn.Module, encode: Encode) -> None:
-        """Constants of frozen features, and the first outputs of all images."""
-        super().prepare(head, encode)
-        self.bank.fill(encode)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         """Eq 5 of the batch's rows against all n columns, a mean over B n pairs; its gradient is Eq 7."""
@@ -86,11 +78,3 @@ class Method(HeadTraining, contract.Method):
         backward = 2 * pair + self.settings.eta / n * quantisation
         value, pair, quantisation = sum_over_ranks(torch.stack([backward, pair, quantisation]).detach(), comm)
         return Loss(backward, {"loss": value, "pair": pair, "quantisation": quantisation})
-
-    def state_dict(self) -> dict[str, Any]:
-        """The bank."""
-        return dict(self.bank.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The bank."""
-        self.bank.load_state_dict(state)

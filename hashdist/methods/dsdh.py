@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from hashdist.methods import contract
 from hashdist.methods.contract import Batch, Encode, Loss, Outputs, Place, check_labels
 from hashdist.methods.parts import heads
-from hashdist.methods.parts.bank import Bank
-from hashdist.methods.parts.heads import HeadSettings, HeadTraining
+from hashdist.methods.parts.bank import BankTraining
+from hashdist.methods.parts.heads import HeadSettings
 from hashdist.methods.parts.likelihood import half_inner, indicator, negative_log_likelihood, similar
 from hashdist.methods.parts.pairs import all_rows, signs, sum_over_ranks
 
@@ -96,7 +96,7 @@ def discrete_codes(
     return codes_nL
 
 
-class Method(HeadTraining, contract.Method):
+class Method(BankTraining):
     """Algorithm 1."""
 
     settings: Settings
@@ -104,15 +104,12 @@ class Method(HeadTraining, contract.Method):
     def __init__(self, settings: Settings, place: Place) -> None:
         super().__init__(settings, place)
         self.labels_nC = indicator(check_labels(NAME, place.data.labels), place.device).to(place.dtype)
-        n, classes = self.labels_nC.shape
-        self.bank = Bank(n, place.bits, place.device, place.dtype)
         self.codes_nL = torch.ones_like(self.bank.u_nL)
-        self.w_LC = self.labels_nC.new_zeros((place.bits, classes))
+        self.w_LC = self.labels_nC.new_zeros((place.bits, place.data.classes))
 
     def prepare(self, head: nn.Module, encode: Encode) -> None:
         """Constants of frozen features, the first outputs of all images, and their signs as the first codes."""
         super().prepare(head, encode)
-        self.bank.fill(encode)
         self.codes_nL = signs(self.bank.u_nL)
 
     def start_epoch(self, epoch: int, encode: Encode) -> None:  # noqa: ARG002
@@ -140,10 +137,10 @@ class Method(HeadTraining, contract.Method):
 
     def state_dict(self) -> dict[str, Any]:
         """H, B and W."""
-        return {**self.bank.state_dict(), "codes": self.codes_nL, "w": self.w_LC}
+        return {**super().state_dict(), "codes": self.codes_nL, "w": self.w_LC}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """H, B and W."""
-        self.bank.load_state_dict(state)
+        super().load_state_dict(state)
         self.codes_nL.copy_(state["codes"])
         self.w_LC.copy_(state["w"])

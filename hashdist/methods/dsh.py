@@ -69,7 +69,7 @@ def contrastive(b_BL: Tensor, s_BB: Tensor, m: float) -> Tensor:
     return torch.where(s_BB > 0, d_BB, (m - d_BB).clamp_min(0)) / 2
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """Eq 3."""
 
     settings: Settings

@@ -66,7 +66,7 @@ def triplet_losses(theta_BB: Tensor, s_BB: Tensor, alpha: float) -> tuple[Tensor
     return (softplus(-margin_PB) * negative_PB).sum(), negative_PB.sum()
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """Eq 6."""
 
     settings: Settings

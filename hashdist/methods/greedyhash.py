@@ -78,7 +78,7 @@ def network(
     return Head(width, bits, classes, generator, dropout=0.0 if frozen else settings.dropout)
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """Eq 11."""
 
     settings: Settings

@@ -106,7 +106,7 @@ def match(b_BL: Tensor, x_BD: Tensor, pairs: str) -> Tensor:
     return (b_BL @ b_BL.T - x_BD @ x_BD.T).square().sum() / (size * (size - 1))
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """Section 4.3."""
 
     settings: Settings

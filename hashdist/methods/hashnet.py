@@ -81,7 +81,7 @@ def pair_weights(labels_BC: Tensor, share: float) -> Tensor:
     return torch.where(both_BB > 0, c_BB / share, 1 / max(1 - share, 1e-12))
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """Algorithm 1."""
 
     settings: Settings

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashdist.ground.bits import check_bits
-from hashdist.methods.parts.principal import centre, check_directions, principal_directions
-from hashdist.methods.parts.projections import Projection
+from hashdist.methods.parts.projections import Projection, centre, check_directions, principal_directions
 
 NAME = "itq"
 CITATION = "Gong and Lazebnik, A Procrustean approach to learning binary codes, CVPR 2011"

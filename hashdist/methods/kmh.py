@@ -29,8 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from hashdist.ground.bits import check_bits
 from hashdist.methods.parts.anchors import in_blocks, squared_distances
-from hashdist.methods.parts.principal import centre, check_directions, principal_directions
-from hashdist.methods.parts.projections import Projection
+from hashdist.methods.parts.projections import Projection, centre, check_directions, principal_directions
 
 NAME = "kmh"
 CITATION = "He, Wen and Sun, K-means hashing: an affinity-preserving quantization method, CVPR 2013"

@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from hashdist.ground.bits import check_bits
 from hashdist.methods.parts.anchors import KernelProjection, anchor_kernel, check_images, sampled
+from hashdist.methods.parts.labels import pair_labels
 from hashdist.methods.parts.projections import signs
 
 NAME = "ksh"
@@ -50,12 +51,6 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int, labels_NC: NDAr
         rows_S = np.random.default_rng([seed, 1]).permutation(len(features_ND))[:SAMPLE]
         directions_ML = greedy_bits(kernel_NM[rows_S].astype(np.float64), pair_labels(labels_NC[rows_S]), bits)
     return KernelProjection(kernel, directions_ML.astype(np.float32))
-
-
-def pair_labels(labels_SC: NDArray[np.bool_]) -> Matrix:
-    """S: +1 where two images share a label, -1 elsewhere."""
-    shared_SS = labels_SC.astype(np.float32) @ labels_SC.T.astype(np.float32)
-    return np.where(shared_SS > 0, 1.0, -1.0)
 
 
 def greedy_bits(kernel_SM: Matrix, similarity_SS: Matrix, bits: int) -> Matrix:

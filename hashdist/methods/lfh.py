@@ -29,8 +29,7 @@ from scipy.special import expit
 
 from hashdist.ground.bits import check_bits
 from hashdist.methods.parts.anchors import check_images
-from hashdist.methods.parts.principal import centre
-from hashdist.methods.parts.projections import Projection
+from hashdist.methods.parts.projections import Projection, centre
 
 NAME = "lfh"
 CITATION = "Zhang, Zhang, Li and Guo, Supervised hashing with latent factor models, SIGIR 2014"

@@ -100,7 +100,7 @@ def reconstruct(features_nD: NDArray[np.floating], settings: Settings) -> Tensor
     return 2 * s_nn - 1
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """The loss on the reconstructed similarity."""
 
     settings: Settings

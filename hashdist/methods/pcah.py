@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashdist.ground.bits import check_bits
-from hashdist.methods.parts.principal import centre, check_directions, principal_directions
-from hashdist.methods.parts.projections import Projection
+from hashdist.methods.parts.projections import Projection, centre, check_directions, principal_directions
 
 NAME = "pcah"
 CITATION = "Wang, Kumar and Chang, Semi-supervised hashing for scalable image retrieval, CVPR 2010"

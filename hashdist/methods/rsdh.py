@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 
 from hashdist.ground.bits import check_bits
 from hashdist.methods.parts.anchors import KernelProjection, anchor_kernel, check_images, sampled
-from hashdist.methods.parts.projections import signs
-from hashdist.methods.sdh import (
+from hashdist.methods.parts.discrete import (
     ALTERNATIONS,
     ANCHORS,
     CLASSIFIER_RIDGE,
@@ -35,6 +34,7 @@ from hashdist.methods.sdh import (
     hash_solver,
     ridge,
 )
+from hashdist.methods.parts.projections import signs
 
 NAME = "rsdh"
 CITATION = "Robust SDH with a Cauchy loss, after Shen, Shen, Liu and Shen, Supervised discrete hashing, CVPR 2015"

@@ -30,8 +30,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hashdist.ground.bits import check_bits
 from hashdist.methods.parts.anchors import check_images
-from hashdist.methods.parts.principal import centre, check_directions, principal_directions
-from hashdist.methods.parts.projections import Projection
+from hashdist.methods.parts.projections import Projection, centre, check_directions, principal_directions
 
 NAME = "sgh"
 CITATION = "Dai, Guo, Kumar, He and Song, Stochastic generative hashing, ICML 2017"

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from hashdist.ground.bits import check_bits
 from hashdist.ground.errors import InvalidInput
-from hashdist.methods.parts.principal import centre, principal_directions
-from hashdist.methods.parts.projections import Projection
+from hashdist.methods.parts.projections import Projection, centre, principal_directions
 
 NAME = "sh"
 CITATION = "Weiss, Torralba and Fergus, Spectral hashing, NIPS 2008"

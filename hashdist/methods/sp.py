@@ -24,8 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashdist.ground.bits import check_bits
-from hashdist.methods.parts.principal import centre, check_directions, principal_directions
-from hashdist.methods.parts.projections import Projection, signs
+from hashdist.methods.parts.projections import Projection, centre, check_directions, principal_directions, signs
 
 NAME = "sp"
 CITATION = "Xia, He, Kohli and Sun, Sparse projections for high-dimensional binary codes, CVPR 2015"

@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from hashdist.ground.bits import check_bits
-from hashdist.methods.ksh import pair_labels
 from hashdist.methods.parts.anchors import check_images
-from hashdist.methods.parts.principal import centre, check_directions
-from hashdist.methods.parts.projections import Projection
+from hashdist.methods.parts.labels import pair_labels
+from hashdist.methods.parts.projections import Projection, centre, check_directions
 
 NAME = "splh"
 CITATION = "Wang, Kumar and Chang, Sequential projection learning for hashing with compact codes, ICML 2010"

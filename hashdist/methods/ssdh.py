@@ -125,7 +125,7 @@ def structure(d_BB: Tensor, halves: Halves, settings: Settings) -> Tensor:
     return near.to(d_BB.dtype) - far.to(d_BB.dtype)
 
 
-class Method(HeadTraining, contract.Method):
+class Method(HeadTraining):
     """Eq 4 with the structure of Eqs 1-2."""
 
     settings: Settings

@@ -9,7 +9,7 @@ and the shallow methods, fitted on the same features of the same training images
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hashdist.evaluation import ranking
+from hashdist.evaluation import measure, ranking
+from hashdist.evaluation.measure import Cuts, Results
 from hashdist.evaluation.protocols import columns, split_rows
 from hashdist.ground import bits
 from hashdist.ground.errors import InvalidInput, NotFound
@@ -71,16 +72,16 @@ def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -
         raise InvalidInput(f"{codes.uri} has no labels, so features are needed to measure recall; found neither")
     exact = _exact_neighbours(task, features, wanted.recall_at) if features is not None else None
     name, trained_on = _model_of(codes, settings, task)
-    outcomes = {name: _measure(task, _codes(codes))}
+    found = {name: _search(task, _codes(codes))}
     for baseline in wanted.baselines:
         assert features is not None
-        outcomes[baseline] = _measure(
-            task, _encoded(features, _fitted(settings, baseline, codes, features, trained_on))
-        )
-    by_method = {method: _metrics(settings, task, outcome, exact) for method, outcome in outcomes.items()}
+        encoder = _fit(settings, baseline, codes, features, trained_on)
+        found[baseline] = _search(task, _encoded(features, encoder))
+    found = {method: replace(results, exact_QK=exact) for method, results in found.items()}
+    by_method = {method: measure.metrics(results, Cuts.of(wanted)) for method, results in found.items()}
     if exact is not None and features is not None and settings.index.rerank:
-        for method, outcome in outcomes.items():
-            by_method[method] |= _reranked(task, outcome, features, exact, wanted.recall_at)
+        for method, results in found.items():
+            by_method[method] |= _reranked(task, results, features, exact, wanted.recall_at)
     result = {
         "stage": "evaluate",
         "snapshot": codes.uri,
@@ -95,14 +96,13 @@ def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -
         "seconds": time.perf_counter() - started,
     }
     if task.classes:
-        histograms = outcomes[name].histograms
-        result["without_relevant"] = int((histograms[:, 1].sum(1) == 0).sum())
-        result["curves"] = {method: _curves(outcome) for method, outcome in outcomes.items()}
+        result["without_relevant"] = int((found[name].total == 0).sum())
+        result["curves"] = {method: _curves(results) for method, results in found.items()}
     say(f"evaluate: {len(task.queries)} queries, {task.database_size} images: {_line(by_method)}")
     return result
 
 
-def _fitted(settings: Settings, baseline: str, codes: Artefact, features: Artefact, trained_on: Ids) -> Encoder:
+def _fit(settings: Settings, baseline: str, codes: Artefact, features: Artefact, trained_on: Ids) -> Encoder:
     """A shallow method fitted on the images that the model was trained on."""
     table = read_vectors(features, ["labels", "feature"], np.sort(trained_on))
     training = from_vectors(table["feature"], table.schema).astype(np.float32)
@@ -161,7 +161,7 @@ def _plan(settings: Settings, codes: Artefact) -> Task:
     masks = ranking.label_masks(rows["labels"].take(np.searchsorted(ids, queries)), max(classes, 1))
     own = bool(np.isin(queries, database).any()) if database is not None else True
     size = len(ids) if database is None else len(database)
-    depth = max(wanted.cut, wanted.precision_at, wanted.recall_at, *ranking.PRECISION_AT) + own
+    depth = Cuts.of(wanted).depth + own
     return Task(queries, masks, database, size, classes, min(depth, size), own, digest)
 
 
@@ -241,21 +241,7 @@ def _rows(artefact: Artefact, files: Sequence[dict[str, Any]], columns: list[str
 # Measuring
 
 
-class Outcome(NamedTuple):
-    """What the parts of a database add up to.
-
-    Attributes:
-        histograms: int64 [Q, 2, L + 1].
-        relevant: bool [Q, depth], in (distance, id) order.
-        ids: int64 [Q, depth].
-    """
-
-    histograms: NDArray[np.int64]
-    relevant: NDArray[np.bool_]
-    ids: Ids
-
-
-def _measure(task: Task, source: Source) -> Outcome:
+def _search(task: Task, source: Source) -> Results:
     """Histograms and first results of all queries over the database."""
     table = read_vectors(source.artefact, [source.column], task.queries)
     queries_QW = source.to_codes(table)
@@ -269,7 +255,9 @@ def _measure(task: Task, source: Source) -> Outcome:
     if best is None or (best.counts_Q != task.depth).any():
         raise InvalidInput(f"{task.database_size} images with codes are needed; {source.artefact.uri} has fewer")
     ids, relevant = _unpacked(best.rows_QK)
-    return _without_own(task, Outcome(histograms, relevant, ids)) if task.own else Outcome(histograms, relevant, ids)
+    if task.own:
+        histograms, relevant, ids = _without_own(task, histograms, relevant, ids)
+    return Results(ids, histograms, relevant) if task.classes else Results(ids)
 
 
 def _part(
@@ -279,13 +267,11 @@ def _part(
     table = _rows(source.artefact, files, ["labels", source.column], task.database)
     codes_NW, ids = source.to_codes(table), table["id"].to_numpy()
     masks = ranking.label_masks(table["labels"], max(task.classes, 1))
-    histograms = scan.histograms(codes_NW, queries_QW, masks, task.masks, threads=1)
-    found = scan.nearest(codes_NW, queries_QW, task.depth, threads=1)
+    found = measure.search(codes_NW, queries_QW, masks, task.masks, task.depth, threads=1)
     if not len(ids):
-        return histograms, found
-    rows = found.rows_QK.clip(min=0)
-    relevant = (masks[rows] & task.masks[:, None]).any(2)
-    return histograms, found._replace(rows_QK=_packed(ids[rows], relevant))
+        return found.histograms, found.nearest
+    packed = _packed(ids[found.nearest.rows_QK.clip(min=0)], found.relevant)
+    return found.histograms, found.nearest._replace(rows_QK=packed)
 
 
 def _packed(ids: Ids, relevant: NDArray[np.bool_]) -> Ids:
@@ -298,31 +284,21 @@ def _unpacked(packed: Ids) -> tuple[Ids, NDArray[np.bool_]]:
     return (packed >> np.int64(1)) + _HALF, (packed & 1).astype(np.bool_)
 
 
-def _without_own(task: Task, outcome: Outcome) -> Outcome:
+def _without_own(
+    task: Task, histograms: NDArray[np.int64], relevant: NDArray[np.bool_], ids: Ids
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], Ids]:
     """Leave each query that is in the database out of its own results."""
     inside = np.ones(len(task.queries), np.bool_) if task.database is None else np.isin(task.queries, task.database)
-    histograms = outcome.histograms.copy()
-    histograms[inside, 0, 0] -= 1
-    histograms[inside & (task.masks != 0).any(1), 1, 0] -= 1
-    keep = outcome.ids != np.where(inside, task.queries, -1)[:, None]
+    keep = ids != np.where(inside, task.queries, -1)[:, None]
     keep[keep.all(1), -1] = False  # its own place is beyond the list, or it is not in the database
     shape = (len(keep), keep.shape[1] - 1)
-    return Outcome(histograms, outcome.relevant[keep].reshape(shape), outcome.ids[keep].reshape(shape))
+    others = measure.without_own(histograms, task.masks, inside)
+    return others, relevant[keep].reshape(shape), ids[keep].reshape(shape)
 
 
-def _metrics(settings: Settings, task: Task, outcome: Outcome, exact: Ids | None) -> dict[str, float]:
-    wanted = settings.evaluate
-    metrics = {}
-    if task.classes:
-        metrics = ranking.summary(outcome.histograms, outcome.relevant, wanted.cut, wanted.precision_at)
-    if exact is not None:
-        metrics[f"recall@{wanted.recall_at}"] = float(ranking.recall_at(outcome.ids[:, : exact.shape[1]], exact).mean())
-    return metrics
-
-
-def _reranked(task: Task, outcome: Outcome, features: Artefact, exact: Ids, k: int) -> dict[str, float]:
+def _reranked(task: Task, results: Results, features: Artefact, exact: Ids, k: int) -> dict[str, float]:
     """Recall of two-stage ranking: the first candidates by (distance, id), ordered by the cosine of kept features."""
-    candidates_QC = outcome.ids[:, : rerank.CANDIDATES_PER_RESULT * k]
+    candidates_QC = results.found_QR[:, : rerank.CANDIDATES_PER_RESULT * k]
     queries_QD = _vectors(features, "feature", task.queries)
     work = partial(_cosines, features, queries_QD, candidates_QC)
     scores = np.zeros(candidates_QC.size)
@@ -353,8 +329,10 @@ def _cosines(
     return places, scores
 
 
-def _curves(outcome: Outcome) -> dict[str, Any]:
-    return {**ranking.by_radius(outcome.histograms), "precision_at": ranking.precision_curve(outcome.relevant)}
+def _curves(results: Results) -> dict[str, Any]:
+    """Curves as this stage reports them: those by radius beside precision@N."""
+    drawn = measure.curves(results)
+    return {**drawn["radius"], "precision_at": drawn["precision_at"]}
 
 
 # Exact neighbours in feature space

@@ -1,12 +1,7 @@
 """graph: which images are trained on, their exact cosine neighbours, and the pairs that a method starts from.
 
-| rule | positives of row i | k1, k2 by default |
-|---|---|---|
-| `and` | DSAH's W0: in the k1 nearest of i and in its top k2 by shared neighbours (Eqs 7-9) | 5 %, at most 500; k1 |
-| `union` | DDH's S: the union of N(k) over the top k2 images k by shared neighbours, i among them (Eqs 1-3) | 15; 6 |
-| `none` | no neighbours are searched: the sample alone, for methods that use no graph | |
-
-Rows are the sample's images by ascending id. Work goes in parts, each a Ray task with a create-only record: the sample
+Rules and sizes are those of hashdist/methods/parts/graph.py; by rule `none` there is the sample alone. Rows are the
+sample's images by ascending id. Work goes in parts, each a Ray task with a create-only record: the sample
 (part 0), the neighbours of a run of rows, all neighbours in one file, W of a run of rows, W in one file. Tasks read
 what parts before them committed, mapped into memory where the store is on their machine. A record of the plan says
 how long the runs are, so a second run with other resources goes on where the first one stopped.
@@ -22,14 +17,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hashdist.evaluation.protocols import columns, identity, split_rows
-from hashdist.ground.errors import InvalidInput
 from hashdist.ground.progress import say
 from hashdist.ground.ranges import blocks
 from hashdist.ground.schema import OK, from_vectors
 from hashdist.ground.settings import GraphSettings, Settings
-from hashdist.methods.contract import find_method
-from hashdist.nearest import cosine
-from hashdist.nearest import shared as shared_module
+from hashdist.methods.parts.graph import find_rule, positives, rule_for, sizes
+from hashdist.nearest import cosine, shared
 from hashdist.stages import artefacts
 from hashdist.stages.cluster import session, tasks
 from hashdist.store import Store, open_store
@@ -46,10 +39,6 @@ KIND = "graphs"
 REVISION = 1
 
 PLAN = "plan.json"
-_MOST_NEIGHBOURS = 500
-_SHARE = 20  # 1 / 5 % of the sample
-_UNION = (15, 6)  # K1 and K2 of DDH's paper
-_BATCH = 50  # of DSAH's paper
 _FEWEST_POSITIVES = 20  # expected positive pairs of a batch, below which training starves of them
 
 
@@ -83,16 +72,15 @@ def run(settings: Settings, features: Artefact) -> dict[str, Any]:
     work = _Work(graph, features, ids, chosen.rule, k1, k2, chosen.symmetrize, chosen.threads, plan["part_rows"], {})
     records = _run_phases(work, chosen)
     graph.publish(_manifest(chosen, work, records))
-    if chosen.rule == "and":
-        _warn_of_starvation(graph)
+    rule = find_rule(chosen.rule)
+    if rule is not None and rule.batch:
+        _warn_of_starvation(graph, rule.batch)
     return _result(graph, started, skipped=False)
 
 
 def _chosen(settings: Settings) -> GraphSettings:
-    """The settings with the rule that `auto` stands for."""
-    if settings.graph.rule != "auto":
-        return settings.graph
-    return replace(settings.graph, rule=getattr(find_method(settings.train.method), "GRAPH", "none"))
+    """The settings with the rule that `auto` stands for. Raises InvalidInput for an unknown one."""
+    return replace(settings.graph, rule=rule_for(settings.train.method, settings.graph.rule))
 
 
 def _identity(chosen: GraphSettings) -> dict[str, Any]:
@@ -115,26 +103,6 @@ def _sample(chosen: GraphSettings, features: Artefact) -> NDArray[np.int64]:
     return ids[rows] if chosen.protocol else ids[rows][: chosen.train_sample]
 
 
-def sizes(chosen: GraphSettings, n: int, where: str) -> tuple[int, int]:
-    """k1 and k2 for n images, those found in `where`; 0 and 0 where no neighbours are wanted. Raises InvalidInput."""
-    if n < 2:
-        raise InvalidInput(
-            f"training needs at least 2 images with a feature in its sample, found {n} in {where}; add images or raise "
-            "graph.train_sample"
-        )
-    if chosen.rule == "none":
-        return 0, 0
-    union = chosen.rule == "union"
-    k1 = chosen.neighbours or (min(_UNION[0], n - 1) if union else max(1, min(_MOST_NEIGHBOURS, n // _SHARE)))
-    k2 = chosen.shared or (_UNION[1] if union else k1)
-    if not 1 <= k1 < n or k2 < 1:
-        raise InvalidInput(
-            f"graph.neighbours must lie between 1 and n - 1 = {n - 1} and graph.shared be at least 1, found {k1} and "
-            f"{k2}; choose fewer neighbours or more images (graph.train_sample = {chosen.train_sample})"
-        )
-    return k1, k2
-
-
 @dataclass(frozen=True)
 class _Work:
     """What the tasks need; called with a part's number, does that part and returns its record.
@@ -146,7 +114,7 @@ class _Work:
     graph: Artefact
     features: Artefact
     ids: NDArray[np.int64]
-    rule: Literal["auto", "and", "union", "none"]
+    rule: str
     k1: int
     k2: int
     symmetrize: Literal["or", "and", "none"]
@@ -161,11 +129,15 @@ class _Work:
     def phases(self) -> list[tuple[str, list[int]]]:
         """Names and parts of the phases, each reading what the ones before it committed."""
         count = len(self.runs)
-        if self.rule == "none":
+        if find_rule(self.rule) is None:
             return [("sample", [0])]
-        near, shared = range(1, count + 1), range(count + 2, 2 * count + 2)
-        joined = [("joining neighbours", [count + 1]), ("shared neighbours", [*shared])]
-        return [("sample", [0]), ("neighbours", [*near]), *joined, ("joining W", [2 * count + 2])]
+        return [
+            ("sample", [0]),
+            ("neighbours", [*range(1, count + 1)]),
+            ("joining neighbours", [count + 1]),
+            ("shared neighbours", [*range(count + 2, 2 * count + 2)]),
+            ("joining W", [2 * count + 2]),
+        ]
 
     def __call__(self, part: int) -> dict[str, Any]:
         count = len(self.runs)
@@ -176,7 +148,7 @@ class _Work:
         if part == count + 1:
             return _join_neighbours(self)
         if part <= 2 * count + 1:
-            return _initial_similarity(self, *self.runs[part - count - 2])
+            return _positives(self, *self.runs[part - count - 2])
         return _join_similarity(self)
 
 
@@ -221,12 +193,10 @@ def _join_neighbours(work: _Work) -> dict[str, Any]:
     return {"neighbours": _write(work.graph, np.concatenate([_read(work.graph.store, entry) for entry in entries]))}
 
 
-def _initial_similarity(work: _Work, start: int, stop: int) -> dict[str, Any]:
+def _positives(work: _Work, start: int, stop: int) -> dict[str, Any]:
     """W of rows start to stop, not yet symmetric."""
     neighbours_NK = _read(work.graph.store, work.records[len(work.runs) + 1]["neighbours"])
-    inverted = shared_module.inverted_lists(neighbours_NK)
-    similarity = shared_module.initial_similarity if work.rule == "and" else shared_module.union_similarity
-    w = similarity(neighbours_NK, inverted, work.k2, (start, stop), threads=work.threads)
+    w = positives(work.rule, neighbours_NK, work.k2, (start, stop), threads=work.threads)
     return {"indptr": _write(work.graph, w.indptr), "indices": _write(work.graph, w.indices)}
 
 
@@ -235,7 +205,7 @@ def _join_similarity(work: _Work) -> dict[str, Any]:
     degrees = [np.diff(_read(work.graph.store, record["indptr"])) for record in records]
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(degrees))])
     indices = np.concatenate([_read(work.graph.store, record["indices"]) for record in records])
-    w = shared_module.symmetric(shared_module.Sparse(indptr, indices), work.symmetrize)
+    w = shared.symmetric(shared.Sparse(indptr, indices), work.symmetrize)
     files = {"w0_indptr": _write(work.graph, w.indptr), "w0_indices": _write(work.graph, w.indices)}
     return {**files, "edges": len(w.indices)}
 
@@ -287,14 +257,14 @@ def _manifest(chosen: GraphSettings, work: _Work, records: dict[int, dict[str, A
     }
 
 
-def _warn_of_starvation(graph: Artefact) -> None:
-    """Say so where a uniform batch of the paper's size holds hardly a positive pair."""
+def _warn_of_starvation(graph: Artefact, batch: int) -> None:
+    """Say so where a uniform batch of the size in the paper holds hardly a positive pair."""
     manifest = graph.manifest()
     n, edges = manifest["n"], manifest["edges"]
-    expected = _BATCH * (_BATCH - 1) * edges / (n * (n - 1))
+    expected = batch * (batch - 1) * edges / (n * (n - 1))
     if expected < _FEWEST_POSITIVES:
         say(
-            f"warning: a uniform batch of {_BATCH} of these {n} images holds {expected:.1f} positive pairs on average, "
+            f"warning: a uniform batch of {batch} of these {n} images holds {expected:.1f} positive pairs on average, "
             f"at least {_FEWEST_POSITIVES} are wanted; train on fewer images (graph.train_sample), raise "
             f"graph.neighbours, or use neighbour batches where the method offers them"
         )

@@ -5,18 +5,18 @@ import pytest
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.svm import LinearSVC
 
-from hashdist.evaluation.classification import COSTS, Part, classify
+from hashdist.evaluation.classification import COSTS, LabelledCodes, classify
 from hashdist.ground import bits
 from hashdist.ground.errors import InvalidInput
 
 
-def noisy_codes(n: int, flips: float, seed: int, classes: int = 5, length: int = 32) -> Part:
+def noisy_codes(n: int, flips: float, seed: int, classes: int = 5, length: int = 32) -> LabelledCodes:
     """One random code a class, each bit flipped with that probability."""
     codes = np.random.default_rng(0).standard_normal((classes, length)) >= 0
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
     labels[:classes] = np.arange(classes)
-    return Part(bits.pack(np.where(codes[labels] ^ (rng.random((n, length)) < flips), 1.0, -1.0)), labels)
+    return LabelledCodes(bits.pack(np.where(codes[labels] ^ (rng.random((n, length)) < flips), 1.0, -1.0)), labels)
 
 
 def test_codes_of_one_code_a_class_are_recognised_all() -> None:
@@ -52,17 +52,17 @@ def test_classes_count_alike_whatever_their_size() -> None:
     train, validation, test = (noisy_codes(200, 0.0, seed, classes=2) for seed in range(3))
     # 9 of 10 test images are of class 0, and those of class 1 carry the code of class 0
     of_0 = test.codes[test.labels == 0]
-    lopsided = Part(np.repeat(of_0[:1], 100, axis=0), np.repeat([0, 1], [90, 10]))
+    lopsided = LabelledCodes(np.repeat(of_0[:1], 100, axis=0), np.repeat([0, 1], [90, 10]))
     assert classify(train, validation, lopsided).accuracy == 0.5
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     part = noisy_codes(50, 0.1, 0)
     with pytest.raises(InvalidInput, match="one label each"):
-        classify(part, part, Part(part.codes, part.labels[1:]))
+        classify(part, part, LabelledCodes(part.codes, part.labels[1:]))
     with pytest.raises(InvalidInput, match="one width"):
-        classify(part, part, Part(part.codes[:, :2], part.labels))
+        classify(part, part, LabelledCodes(part.codes[:, :2], part.labels))
     with pytest.raises(InvalidInput, match="at least two classes"):
-        classify(Part(part.codes, part.labels * 0), part, part)
+        classify(LabelledCodes(part.codes, part.labels * 0), part, part)
     with pytest.raises(InvalidInput, match=r"found \[9\] in the others alone"):
-        classify(part, part, Part(part.codes, np.where(part.labels == 4, 9, part.labels)))
+        classify(part, part, LabelledCodes(part.codes, np.where(part.labels == 4, 9, part.labels)))

@@ -6,7 +6,7 @@ import pytest
 from hashdist.ground.bits import hamming, pack
 from hashdist.ground.errors import InvalidInput
 from hashdist.methods import itq, lsh
-from hashdist.methods.parts.principal import principal_directions
+from hashdist.methods.parts.projections import principal_directions
 
 
 def clusters(n: int = 600, width: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

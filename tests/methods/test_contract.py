@@ -21,6 +21,7 @@ from hashdist.methods.contract import (
     settings_text,
 )
 from hashdist.methods.parts.communicator import Communicator, SingleProcess
+from hashdist.methods.parts.graph import RULES
 from hashdist.models.training import Checkpoint
 from tests.worlds.training import (
     QUICK,
@@ -70,7 +71,7 @@ class TestDeepMethod:
     def test_settings_are_values_with_a_paper_preset(self, name: str) -> None:
         module = deep(name)
         assert module.USES in ("graph", "labels", "features")
-        assert module.GRAPH in ("and", "union", "none")
+        assert module.GRAPH in RULES
         assert (module.USES == "graph") == (module.GRAPH != "none")
         assert "paper" in module.PRESETS
         for preset in module.PRESETS.values():

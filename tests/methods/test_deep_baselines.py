@@ -12,9 +12,9 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from hashdist.ground.errors import InvalidInput
-from hashdist.methods import cnnh, dsdh, hashnet, mls3rduh, ssdh
+from hashdist.methods import cnnh, csq, dsdh, hashnet, mls3rduh, ssdh
 from hashdist.methods.contract import Batch, Place, method_settings
-from hashdist.methods.parts import centres, likelihood, straight_through
+from hashdist.methods.parts import likelihood, straight_through
 from hashdist.methods.parts.communicator import SingleProcess
 from tests.worlds.training import deep, tiny_data
 
@@ -145,32 +145,32 @@ class TestHashNet:
 class TestCSQ:
     @pytest.mark.parametrize("size", [1, 2, 16, 64])
     def test_sylvester_is_hadamard(self, size: int) -> None:
-        matrix = centres.sylvester(size).astype(int)
+        matrix = csq.sylvester(size).astype(int)
         assert (matrix @ matrix.T == size * np.eye(size)).all()
         assert (matrix == scipy.linalg.hadamard(size)).all()
 
     @pytest.mark.parametrize("classes", [10, 32])
     def test_hadamard_centres_are_half_the_bits_apart(self, classes: int) -> None:
-        found = centres.centres(classes, 32, np.random.default_rng(0)).astype(int)
+        found = csq.centres(classes, 32, np.random.default_rng(0)).astype(int)
         distances = (found[:, None] != found).sum(2)
         assert (distances[~np.eye(classes, dtype=bool)] == 16).all()
 
     def test_more_classes_than_bits_take_the_negatives_too(self) -> None:
-        found = centres.centres(60, 32, np.random.default_rng(0)).astype(int)
+        found = csq.centres(60, 32, np.random.default_rng(0)).astype(int)
         distances = (found[:, None] != found).sum(2)[~np.eye(60, dtype=bool)]
         assert set(distances.tolist()) == {16, 32}
 
     @pytest.mark.parametrize(("classes", "bits"), [(10, 48), (100, 32)])
     def test_random_centres_otherwise_half_the_bits_apart_on_average(self, classes: int, bits: int) -> None:
-        found = centres.centres(classes, bits, np.random.default_rng(0)).astype(int)
+        found = csq.centres(classes, bits, np.random.default_rng(0)).astype(int)
         distances = (found[:, None] != found).sum(2)[~np.eye(classes, dtype=bool)]
         assert abs(distances.mean() - bits / 2) < 2
 
     def test_centre_of_several_classes_is_their_majority(self) -> None:
         rng = np.random.default_rng(0)
-        codes, labels = centres.centres(6, 16, rng).astype(int), np.random.default_rng(1).random((50, 6)) < 0.4
-        found = centres.centres_of_images(labels, codes.astype(np.int8), np.random.default_rng(2))
-        again = centres.centres_of_images(labels, codes.astype(np.int8), np.random.default_rng(2))
+        codes, labels = csq.centres(6, 16, rng).astype(int), np.random.default_rng(1).random((50, 6)) < 0.4
+        found = csq.centres_of_images(labels, codes.astype(np.int8), np.random.default_rng(2))
+        again = csq.centres_of_images(labels, codes.astype(np.int8), np.random.default_rng(2))
         assert (found == again).all()
         assert set(np.unique(found)) == {-1, 1}
         for image in range(50):

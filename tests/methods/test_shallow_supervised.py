@@ -13,6 +13,8 @@ from hashdist.ground.bits import hamming, pack
 from hashdist.ground.errors import InvalidInput
 from hashdist.methods import ksh, lfh, rsdh, sdh, splh
 from hashdist.methods.contract import fit_shallow
+from hashdist.methods.parts import discrete
+from hashdist.methods.parts.labels import pair_labels
 
 
 def labelled(n: int = 300, width: int = 16, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -80,12 +82,12 @@ class TestKsh:
         """Centred kernel features and pair labels."""
         features, labels = several_labels(n)
         kernel = np.exp(-((features[:, None] - features[None, :20]) ** 2).sum(2) / 40).astype(np.float64)
-        return kernel - kernel.mean(0), ksh.pair_labels(labels)
+        return kernel - kernel.mean(0), pair_labels(labels)
 
     def test_images_are_similar_if_and_only_if_they_share_a_label(self) -> None:
         labels = np.array([[1, 0, 1], [0, 1, 1], [1, 0, 0], [0, 1, 0]], bool)
         wanted = [[1 if set(np.flatnonzero(a)) & set(np.flatnonzero(b)) else -1 for b in labels] for a in labels]
-        np.testing.assert_array_equal(ksh.pair_labels(labels), wanted)
+        np.testing.assert_array_equal(pair_labels(labels), wanted)
 
     def test_every_greedy_bit_lowers_the_objective_by_the_residual_recursion(self) -> None:
         kernel, similarity = self.parts()
@@ -126,11 +128,11 @@ class TestSdh:
     def objective(self, codes: np.ndarray, w: np.ndarray, y: np.ndarray, predicted: np.ndarray) -> float:
         """||Y - B W||^2 + nu ||B - F||^2, by loops."""
         fit = sum((y[i, c] - codes[i] @ w[:, c]) ** 2 for i in range(len(y)) for c in range(y.shape[1]))
-        return float(fit + sdh.NU * sum(((codes[i] - predicted[i]) ** 2).sum() for i in range(len(y))))
+        return float(fit + discrete.NU * sum(((codes[i] - predicted[i]) ** 2).sum() for i in range(len(y))))
 
     def test_a_bit_column_is_the_best_of_all_sign_vectors(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sdh, "NU", 0.3)
-        monkeypatch.setattr(sdh, "SWEEPS", 1)
+        monkeypatch.setattr(discrete, "NU", 0.3)
+        monkeypatch.setattr(discrete, "SWEEPS", 1)
         rng = np.random.default_rng(0)
         n, bits = 7, 3
         codes = np.where(rng.random((n, bits)) < 0.5, -1.0, 1.0)
@@ -142,13 +144,13 @@ class TestSdh:
                 wanted[:, bit] = z
                 columns.append((self.objective(wanted, w, y, predicted), z))
             wanted[:, bit] = min(columns)[1]
-        np.testing.assert_array_equal(sdh.discrete_descent(codes, w, y, predicted), wanted)
+        np.testing.assert_array_equal(discrete.discrete_descent(codes, w, y, predicted), wanted)
 
     def test_sweeps_never_raise_the_objective_and_end_where_no_bit_wants_to_change(self) -> None:
         rng = np.random.default_rng(1)
         codes = np.where(rng.random((40, 8)) < 0.5, -1.0, 1.0)
         w, y, predicted = rng.standard_normal((8, 4)), rng.random((40, 4)), rng.standard_normal((40, 8))
-        found = sdh.discrete_descent(codes, w, y, predicted)
+        found = discrete.discrete_descent(codes, w, y, predicted)
         best = self.objective(found, w, y, predicted)
         assert best < self.objective(codes, w, y, predicted)
         for i, bit in product(range(40), range(8)):
@@ -160,13 +162,13 @@ class TestSdh:
         rng = np.random.default_rng(2)
         codes, y = np.where(rng.random((50, 8)) < 0.5, -1.0, 1.0), rng.random((50, 3))
         reference = Ridge(alpha=1.0, fit_intercept=False).fit(codes, y).coef_.T
-        np.testing.assert_allclose(sdh.ridge(codes, y, 1.0), reference, rtol=1e-8)
+        np.testing.assert_allclose(discrete.ridge(codes, y, 1.0), reference, rtol=1e-8)
 
     def test_f_step_is_least_squares(self) -> None:
         rng = np.random.default_rng(3)
         phi, codes = rng.random((60, 10)), np.where(rng.random((60, 8)) < 0.5, -1.0, 1.0)
         np.testing.assert_allclose(
-            sdh.hash_solver(phi) @ codes, np.linalg.lstsq(phi, codes, rcond=None)[0], rtol=1e-3, atol=1e-3
+            discrete.hash_solver(phi) @ codes, np.linalg.lstsq(phi, codes, rcond=None)[0], rtol=1e-3, atol=1e-3
         )
 
 
@@ -226,7 +228,7 @@ class TestRsdh:
         np.testing.assert_allclose(found(features), sdh.fit(features, 16, 0, labels)(features), rtol=1e-4, atol=1e-4)
 
     def test_every_step_lowers_the_cauchy_objective(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sdh, "NU", 0.1)
+        monkeypatch.setattr(discrete, "NU", 0.1)
         rng = np.random.default_rng(0)
         n, bits, scale = 50, 6, 0.7
         codes, y = np.where(rng.random((n, bits)) < 0.5, -1.0, 1.0), rng.random((n, 4))
@@ -242,7 +244,7 @@ class TestRsdh:
             w = rsdh.weighted_ridge(codes, y, weights)
             values.append(objective())
             weights = 1 / (1 + rsdh.errors(codes, w, y) / scale)
-            codes = sdh.discrete_descent(codes, w, y, predicted / weights[:, None])
+            codes = discrete.discrete_descent(codes, w, y, predicted / weights[:, None])
             values.append(objective())
         assert all(b <= a + 1e-9 for a, b in pairwise(values))
         assert values[-1] < values[0]
@@ -266,7 +268,7 @@ class TestSplh:
     def test_sequence_is_that_of_the_plain_loop(self) -> None:
         features, labels = several_labels(60, 10)
         x = (features - features.mean(0)).astype(np.float64)
-        sample, pairs = x[:40], ksh.pair_labels(labels[:40])
+        sample, pairs = x[:40], pair_labels(labels[:40])
         found = splh.sequence(x.T @ x, sample, pairs, 8)
         share = splh.ETA * (sample**2).sum() / (x**2).sum()
         for bit in range(8):

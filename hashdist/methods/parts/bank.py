@@ -5,10 +5,14 @@ outputs of everything else, held constant (DPSH, DSDH, DDH's release). The bank 
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+from hashdist.methods.contract import Encode, Place
+from hashdist.methods.parts.heads import HeadSettings, HeadTraining
 
 
 class Bank:
@@ -32,3 +36,28 @@ class Bank:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """From a checkpoint."""
         self.u_nL.copy_(state["u"])
+
+
+class BankTraining(HeadTraining):
+    """A method that trains a head against the bank of all images' outputs, and keeps it in its checkpoints."""
+
+    def __init__(self, settings: HeadSettings, place: Place) -> None:
+        super().__init__(settings, place)
+        self.bank = Bank(place.data.n, place.bits, place.device, place.dtype)
+
+    def outputs_of(self, z_nL: Tensor) -> Tensor:
+        """The outputs that the bank holds, of those of the hash layer: they themselves."""
+        return z_nL
+
+    def prepare(self, head: nn.Module, encode: Encode) -> None:
+        """Constants of frozen features, and the first outputs of all images."""
+        super().prepare(head, encode)
+        self.bank.fill(lambda: self.outputs_of(encode()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bank."""
+        return dict(self.bank.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The bank."""
+        self.bank.load_state_dict(state)

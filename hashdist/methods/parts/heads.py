@@ -5,20 +5,16 @@ features this layer is all there is; features are centred and scaled before it t
 (hashdist/methods/parts/standardize.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from hashdist.ground.bits import check_bits
+from hashdist.methods import contract
 from hashdist.methods.parts.standardize import Standardize
-
-if TYPE_CHECKING:
-    from hashdist.methods.contract import Place
 
 
 @dataclass(frozen=True)
@@ -83,35 +79,33 @@ class HashHead(nn.Module):
         return {"z": z_bL if self.squash is None else self.squash(z_bL)}
 
 
-def linear(
-    settings: HeadSettings,
-    width: int,
-    bits: int,
-    generator: torch.Generator,
-    frozen: bool = True,
-    classes: int = 0,  # noqa: ARG001
-) -> nn.Module:
-    """`network` of methods whose z is the linear layer itself."""
-    return HashHead(width, bits, generator, dropout=0.0 if frozen else settings.dropout)
+def plain(squash: Callable[[Tensor], Tensor] | None = None) -> Callable[..., nn.Module]:
+    """`network` of methods whose head is a HashHead and nothing else."""
+
+    def network(
+        settings: HeadSettings,
+        width: int,
+        bits: int,
+        generator: torch.Generator,
+        frozen: bool = True,
+        classes: int = 0,  # noqa: ARG001
+    ) -> nn.Module:
+        return HashHead(width, bits, generator, dropout=0.0 if frozen else settings.dropout, squash=squash)
+
+    return network
 
 
-def tanh(
-    settings: HeadSettings,
-    width: int,
-    bits: int,
-    generator: torch.Generator,
-    frozen: bool = True,
-    classes: int = 0,  # noqa: ARG001
-) -> nn.Module:
-    """`network` of methods whose z is tanh of the linear layer."""
-    return HashHead(width, bits, generator, dropout=0.0 if frozen else settings.dropout, squash=torch.tanh)
+linear = plain()
+"""`network` of methods whose z is the linear layer itself."""
+
+tanh = plain(torch.tanh)
+"""`network` of methods whose z is tanh of the linear layer."""
 
 
-class HeadTraining:
-    """The hooks of contract.Method that are the same for all such heads."""
+class HeadTraining(contract.Method):
+    """A method that trains such a head: the hooks that are the same for all of them."""
 
     settings: HeadSettings
-    place: Place
 
     @property
     def steps(self) -> int:

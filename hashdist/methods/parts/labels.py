@@ -1,4 +1,4 @@
-"""Distinct label sets of images: what depends on an image's labels alone is computed once for each of them."""
+"""Labels of images: which pairs share one, and distinct label sets, each of which is computed with once."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,12 @@ def similar_pairs(labels_nC: NDArray[np.bool_]) -> int:
     counts_S = np.bincount(numbers, minlength=len(sets_SC))
     return sum(int(images) * int(counts_S[(sets_SC & own_C).any(1)].sum())
                for own_C, images in zip(sets_SC, counts_S, strict=True))  # fmt: skip
+
+
+def pair_labels(labels_SC: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """S: +1 where two images share a label, -1 elsewhere."""
+    shared_SS = labels_SC.astype(np.float32) @ labels_SC.T.astype(np.float32)
+    return np.where(shared_SS > 0, 1.0, -1.0)
 
 
 def one_hot(labels: list[list[int] | None]) -> NDArray[np.bool_]:

@@ -13,6 +13,8 @@ from tests import REPOSITORY
 
 pytest_plugins = ["tests.worlds.features"]
 
+# Processes and Ray's workers share few cores: a second thread inside an operation waits for its turn at every barrier.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # tests wait for what workers report

@@ -167,7 +167,7 @@ def test_partitions_hold_one_id_prefix_each(
 ) -> None:
     uri = WRITERS[form](tmp_path / "in", images)
     whole = commit(str(tmp_path / "one"), CollectionSettings(uri=uri, part_rows=4))
-    monkeypatch.setattr(salts_module, "PARTITION_ROWS", 2)
+    monkeypatch.setattr(collection_module, "PARTITION_ROWS", 2)
     monkeypatch.setattr(salts_module, "_PARTITIONS_AT_ONCE", 3)
     target = commit(str(tmp_path / "many"), CollectionSettings(uri=uri, part_rows=4))
     manifest = target.manifest()
@@ -188,6 +188,7 @@ def test_colliding_ids_get_salts_everywhere(
     def many(keys: list[str], salts: dict[str, int] | None = None) -> Any:
         return np.array([few_ids(key, (salts or {}).get(key, 0)) for key in keys], np.int64)
 
+    monkeypatch.setattr(salts_module, "image_id", few_ids)
     monkeypatch.setattr(collection_module, "image_id", few_ids)
     monkeypatch.setattr(collection_module, "image_ids", many)
     monkeypatch.setattr(reader, "image_id", few_ids)
@@ -218,7 +219,7 @@ def test_duplicate_keys_are_refused(form: str, images: dict[str, tuple[bytes, st
 def test_single_images_are_fetched_by_key(
     form: str, images: dict[str, tuple[bytes, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(salts_module, "PARTITION_ROWS", 4)
+    monkeypatch.setattr(collection_module, "PARTITION_ROWS", 4)
     uri = WRITERS[form](tmp_path / "in", images)
     target = commit(str(tmp_path / "root"), CollectionSettings(uri=uri, part_rows=4))
     collection = collection_module.open_collection(target.uri)
@@ -508,12 +509,12 @@ def test_a_truncated_tar_is_named(images: dict[str, tuple[bytes, str]], tmp_path
 
 def test_neighbouring_images_are_read_together() -> None:
     megabyte = 1 << 20
-    assert reader._together([0], [5]) == [(0, 0)]
-    assert reader._together([0, 10, 20], [5, 5, 5]) == [(0, 2)]
-    assert reader._together([0, 10, 10 * megabyte], [5, 5, 5]) == [(0, 1), (2, 2)]
+    assert reader.in_spans([0], [5]) == [(0, 0)]
+    assert reader.in_spans([0, 10, 20], [5, 5, 5]) == [(0, 2)]
+    assert reader.in_spans([0, 10, 10 * megabyte], [5, 5, 5]) == [(0, 1), (2, 2)]
     many = [index * megabyte for index in range(20)]
-    assert reader._together(many, [megabyte] * 20) == [(0, 7), (8, 15), (16, 19)]
-    assert reader._together([0, 99 * megabyte], [99 * megabyte, 3]) == [(0, 0), (1, 1)]
+    assert reader.in_spans(many, [megabyte] * 20) == [(0, 7), (8, 15), (16, 19)]
+    assert reader.in_spans([0, 99 * megabyte], [99 * megabyte, 3]) == [(0, 0), (1, 1)]
 
 
 # Both stores

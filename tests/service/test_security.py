@@ -598,7 +598,7 @@ def test_no_name_leads_out_of_a_store(tmp_path: Path, name: str) -> None:
 
 
 def test_a_sparse_member_of_a_tar_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hashdist.collection.readers.reader.MAX_BYTES", 10_000)
+    monkeypatch.setattr("hashdist.collection.readers.tar.MAX_BYTES", 10_000)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, data in (("small.png", PNG), ("large.png", bytes(20_000))):
             info = tarfile.TarInfo(name)
@@ -615,7 +615,7 @@ def test_an_image_file_beyond_any_size_is_not_read(tmp_path: Path, monkeypatch: 
     from hashdist.collection.collection import plan as plan_scan
     from hashdist.collection.listing import list_collection
 
-    monkeypatch.setattr("hashdist.collection.readers.reader.MAX_BYTES", 10_000)
+    monkeypatch.setattr("hashdist.collection.readers.folder.MAX_BYTES", 10_000)
     growth_world.write(tmp_path, {"small.png": PNG, "large.png": bytes(20_000)})
     planned = plan_scan(list_collection(CollectionSettings(uri=str(tmp_path))), 10)
     rows = planned.reader.scan(planned.units[0]).to_pylist()

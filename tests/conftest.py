@@ -47,6 +47,22 @@ def reads() -> Iterator[dict[str, set[str]]]:
         yield found
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For what is made once for many tests, and for the workers of the Ray session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HASHDIST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of copies and of derived files for each test; compiled kernels are kept elsewhere, and for all."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("HASHDIST_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real images and weights; tests that want it are skipped where it is absent."""

@@ -17,12 +17,11 @@ Codes = NDArray[np.uint8]
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few hundred rows have tables, whatever a lookup costs."""
     monkeypatch.setattr(bucket_tables, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(bucket_tables, "_PROBING", 1e9)
     monkeypatch.setattr(bucket_tables, "_GAIN", 1e9)
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
 
 
 def clustered(rng: np.random.Generator, n: int, width: int, distinct: int, flips: int) -> Codes:

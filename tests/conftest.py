@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests import REPOSITORY
 
@@ -18,6 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # tests wait for what workers report
+
+settings.register_profile("hashdist", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("hashdist")
 
 STAGES_FOLLOW = {"features.source", "train.mode"}
 """Settings by which the order of all stages is known; a command that is not about them reads them for that alone."""

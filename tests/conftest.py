@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests import REPOSITORY
 
 pytest_plugins = ["tests.worlds.features"]
 
+# Processes and Ray's workers share few cores: a second thread inside an operation waits for its turn at every barrier.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # tests wait for what workers report
+
+settings.register_profile("hashdist", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("hashdist")
 
 STAGES_FOLLOW = {"features.source", "train.mode"}
 """Settings by which the order of all stages is known; a command that is not about them reads them for that alone."""
@@ -43,6 +49,22 @@ def reads() -> Iterator[dict[str, set[str]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "_run", watch)
         yield found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For what is made once for many tests, and for the workers of the Ray session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HASHDIST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of copies and of derived files for each test; compiled kernels are kept elsewhere, and for all."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("HASHDIST_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

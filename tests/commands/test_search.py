@@ -29,22 +29,13 @@ from hashdist.index.search.filters import column, ids, keys
 from hashdist.index.search.where import parse
 from hashdist.index.shards.shard import Rows, write_shard
 from hashdist.reindex import run as reindex_run
+from tests.worlds import index as index_world
 from tests.worlds import reindex as growth_world
 
 Codes = NDArray[np.uint8]
 Row = dict[str, Any]
 ROWS = 400
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("HASHDIST_CACHE", str(folder))
-    return folder
-
-
-def random_codes(n: int, bits: int = 32, seed: int = 0) -> Codes:
-    return np.random.default_rng(seed).integers(0, 256, (n, bits // 8), dtype=np.uint8)
+random_codes = partial(index_world.random_codes, bits=32)
 
 
 def rows_of(n: int = ROWS, seed: int = 0) -> list[Row]:

@@ -28,7 +28,7 @@ from tests.deploy.kustomize import LOADER, Object, name_of, render
 from tests.deploy.manifests import CRDS, SUBSET, check, crd, templates
 
 K8S = REPOSITORY / "k8s"
-JOBS = sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py") if path.stem != "submit_rayjob")
+JOBS = sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py"))
 OVERLAYS = ["local", "gpu", "aws"]
 STANDING = ["base", *(f"overlays/{name}" for name in OVERLAYS), "raycronjob"]
 FOLDERS = [
@@ -348,7 +348,7 @@ def test_a_folder_runs_its_job(job: str) -> None:
 
 
 def test_entry_points_are_files_whose_arguments_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "\nWORKDIR /app\nCOPY jobs ./jobs\n" in dockerfile()
+    assert "\nWORKDIR /app\nCOPY jobs ./jobs\nCOPY k8s/submit_rayjob.py ./k8s/\n" in dockerfile()
     config = tmp_path / "pipeline.yaml"
     config.write_text(one("base", "ConfigMap", "hashdist")["data"]["pipeline.yaml"])
     called = []

@@ -1,4 +1,4 @@
-"""jobs/submit_rayjob.py against a Kubernetes API on the loopback: what it asks, and what it makes of the answers."""
+"""k8s/submit_rayjob.py against a Kubernetes API on the loopback: what it asks, and what it makes of the answers."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ import pytest
 
 from tests import REPOSITORY
 
-PROGRAM = REPOSITORY / "jobs" / "submit_rayjob.py"
+PROGRAM = REPOSITORY / "k8s" / "submit_rayjob.py"
 spec = importlib.util.spec_from_file_location("submit_rayjob", PROGRAM)
 assert spec is not None
 assert spec.loader is not None

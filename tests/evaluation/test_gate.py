@@ -39,11 +39,6 @@ BITS, WIDTH, CLASSES = 32, 48, 6
 BACKBONE = {"backbone": "none", "tap": "", "weights_digest": "", "preprocess": {}, "precision": "float32"}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
-
-
 @dataclass
 class World:
     """Features of some images in clusters, and what makes models and codes of them."""

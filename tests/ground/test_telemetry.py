@@ -88,12 +88,12 @@ def test_every_metric_has_one_row_of_the_table() -> None:
 
 def test_the_table_in_the_document_is_the_present_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = (REPOSITORY / "docs/metrics.md").read_text()
-    assert document == exporting.replaced(document), "run `python -m hashdist.ground.telemetry docs/metrics.md`"
+    assert document == exporting.replaced(document), "run `python -m hashdist.ground.exporting docs/metrics.md`"
     old = tmp_path / "old.md"
     old.write_text(document.replace("| `hashdist_index_rows` |", "| `hashdist_index_lines` |"))
     monkeypatch.setattr(sys, "argv", ["telemetry", str(old)])
-    monkeypatch.delitem(sys.modules, "hashdist.ground.telemetry")
-    runpy.run_module("hashdist.ground.telemetry", run_name="__main__")
+    monkeypatch.delitem(sys.modules, "hashdist.ground.exporting")
+    runpy.run_module("hashdist.ground.exporting", run_name="__main__")
     assert old.read_text() == document
 
 

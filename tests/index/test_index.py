@@ -15,64 +15,14 @@ from numpy.typing import NDArray
 
 import hashdist
 from hashdist.ground import ids as ids_module
-from hashdist.ground.bits import hamming
 from hashdist.ground.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound
 from hashdist.index import Index, change, create_index, open_index
 from hashdist.index import index as index_module
 from hashdist.index.shards import shard as shard_files
 from hashdist.store import cache, open_store
+from tests.worlds.index import check_answers, names, random_codes
 
 Codes = NDArray[np.uint8]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("HASHDIST_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def uri(root_uri: str) -> str:
-    return f"{root_uri}/indexes/photos"
-
-
-def random_codes(n: int, bits: int = 64, seed: int = 0) -> Codes:
-    return np.random.default_rng(seed).integers(0, 256, (n, bits // 8), dtype=np.uint8)
-
-
-def names(n: int, prefix: str = "k") -> list[str]:
-    return [f"{prefix}{i}" for i in range(n)]
-
-
-def expected(model: dict[str, Codes], ids: Callable[[str], int], query: Codes, k: int) -> list[tuple[int, int, str]]:
-    """(distance, id, key) of the k nearest by brute force."""
-    ranked = sorted((int(hamming(query, code)), ids(key), key) for key, code in model.items())
-    return ranked[:k]
-
-
-def check(index: Index, model: dict[str, Codes], queries: Codes, k: int = 5) -> None:
-    """The index answers as the dict does: searches, radius, keys, codes."""
-    salts = index.view.salts
-
-    def id_of(key: str) -> int:
-        return ids_module.image_id(key, salts.get(key, 0))
-
-    assert index.rows == len(model)
-    assert sorted(index.keys()) == sorted(model)
-    hits = index.search(queries, k)
-    assert hits.ids.shape == hits.distances.shape == (len(queries), min(k, len(model)))
-    assert hits.ids.dtype == np.int64
-    assert hits.distances.dtype == np.int32
-    near = index.search_within(queries, 20)
-    for q, query in enumerate(queries):
-        wanted = expected(model, id_of, query, k)
-        assert list(zip(hits.distances[q], hits.ids[q], hits.keys()[q], strict=True)) == wanted
-        span = slice(near.offsets[q], near.offsets[q + 1])
-        close = [row for row in expected(model, id_of, query, len(model)) if row[0] <= 20]
-        assert list(zip(near.distances[span], near.ids[span], near.keys()[q], strict=True)) == close
-    if model:
-        np.testing.assert_array_equal(index.codes_of(list(model)), np.stack(list(model.values())))
 
 
 def test_a_new_index_is_empty_and_cannot_be_made_twice(uri: str) -> None:
@@ -93,7 +43,7 @@ def test_append_search_and_reopen(uri: str) -> None:
     assert index.append(codes, keys, {"digest": keys, "labels": [[i % 3] for i in range(300)]}) == 2
     model = dict(zip(keys, codes, strict=True))
     for opened in (index, open_index(uri), open_index(uri, version=2)):
-        check(opened, model, random_codes(4, seed=1))
+        check_answers(opened, model, random_codes(4, seed=1))
     assert index.search(codes[:2], k=1000).ids.shape == (2, 300)
     table = next(open_index(uri).tables(["digest", "labels", "absent"]))
     assert table["digest"].to_pylist() == table["key"].to_pylist()
@@ -107,8 +57,8 @@ def test_older_versions_stay_as_they_were_and_cannot_be_changed(uri: str) -> Non
     index.delete(keys[:5])
     index.append(codes[::-1][:4], keys[:4])
     old = open_index(uri, version=2)
-    check(old, dict(zip(keys, codes, strict=True)), random_codes(3, seed=1))
-    check(open_index(uri, version=3), dict(zip(keys[5:], codes[5:], strict=True)), random_codes(3, seed=1))
+    check_answers(old, dict(zip(keys, codes, strict=True)), random_codes(3, seed=1))
+    check_answers(open_index(uri, version=3), dict(zip(keys[5:], codes[5:], strict=True)), random_codes(3, seed=1))
     with pytest.raises(InvalidInput, match="opened at version 2"):
         old.delete(keys)
     with pytest.raises(NotFound, match="no version 9"):
@@ -122,9 +72,9 @@ def test_a_deleted_key_may_come_back_and_be_deleted_again(uri: str) -> None:
     a, b = random_codes(2)
     for code in (a, b, a):
         index.append(code[None], ["x"])
-        check(index, {"x": code}, random_codes(2, seed=1))
+        check_answers(index, {"x": code}, random_codes(2, seed=1))
         assert index.delete(["x", "never"]) == 1
-        check(index, {}, random_codes(2, seed=1))
+        check_answers(index, {}, random_codes(2, seed=1))
     assert index.delete(["x", "never"]).unknown == 2
 
 
@@ -142,9 +92,9 @@ def test_existing_keys(uri: str) -> None:
         index.append(codes[2:4], ["b", "c"])
     assert index.version == 2
     index.append(codes[2:4], ["b", "c"], on_existing="skip")
-    check(index, {"a": codes[0], "b": codes[1], "c": codes[3]}, codes)
+    check_answers(index, {"a": codes[0], "b": codes[1], "c": codes[3]}, codes)
     index.append(codes[4:6], ["b", "d"], on_existing="replace")
-    check(open_index(uri), {"a": codes[0], "b": codes[4], "c": codes[3], "d": codes[5]}, codes)
+    check_answers(open_index(uri), {"a": codes[0], "b": codes[4], "c": codes[3], "d": codes[5]}, codes)
     assert index.append(codes[:1], ["a"], on_existing="skip") == index.version == 4
 
 
@@ -154,7 +104,7 @@ def test_apply_is_one_commit(uri: str) -> None:
     index.append(codes[:3], ["a", "b", "c"])
     done = index.apply(codes[3:5], ["b", "d"], removed=["a", "zz"], lineage={"collection": "here"})
     assert done == index_module.Applied(version=3, added=1, replaced=1, removed=1, unknown=1)
-    check(open_index(uri), {"b": codes[3], "c": codes[2], "d": codes[4]}, codes)
+    check_answers(open_index(uri), {"b": codes[3], "c": codes[2], "d": codes[4]}, codes)
     assert index.collection_uri == "here"
     with pytest.raises(InvalidInput, match="added or removed, not both"):
         index.apply(codes[:1], ["b"], removed=["b"])
@@ -168,7 +118,7 @@ def test_the_number_of_shards_does_not_change_the_answers(tmp_path: Path, pieces
     for part in np.array_split(np.arange(1000), pieces):
         index.append(codes[part], [f"k{i}" for i in part])
     assert len(index.manifest["shards"]) == pieces
-    check(index, {f"k{i}": code for i, code in enumerate(codes)}, random_codes(3, bits=16), k=137)
+    check_answers(index, {f"k{i}": code for i, code in enumerate(codes)}, random_codes(3, bits=16), k=137)
 
 
 def test_all_codes_equal(tmp_path: Path) -> None:
@@ -293,14 +243,14 @@ def test_two_keys_with_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for part in np.array_split(np.random.default_rng(0).permutation(60), 7):
         index.append(codes[part], [keys[i] for i in part])
         model |= {keys[i]: codes[i] for i in part}
-        check(index, model, random_codes(2, seed=1), k=60)
+        check_answers(index, model, random_codes(2, seed=1), k=60)
     assert len(index.view.salts) >= 50
     assert index.delete(keys[:30]) == 30
     index.append(codes[:10], keys[:10])
     index.append(codes[::-1][:5], keys[55:], on_existing="replace")
     model = {**{k: c for k, c in model.items() if k >= "30"}, **dict(zip(keys[:10], codes[:10], strict=True))}
     model |= dict(zip(keys[55:], codes[::-1][:5], strict=True))
-    check(open_index(index.uri), model, random_codes(2, seed=1), k=60)
+    check_answers(open_index(index.uri), model, random_codes(2, seed=1), k=60)
 
 
 KEYS = st.lists(st.sampled_from([f"k{i}" for i in range(12)]), min_size=1, max_size=8, unique=True)
@@ -334,8 +284,8 @@ def test_any_history_equals_a_dict(tmp_path_factory: Any, steps: list[Any], few:
         else:
             index.append(codes, keys, on_existing=rule)
             model |= {key: code for key, code in zip(keys, codes, strict=True) if rule != "skip" or key not in model}
-        check(open_index(index.uri), model, pool[:3], k=6)
-    check(index, model, pool[:3], k=6)
+        check_answers(open_index(index.uri), model, pool[:3], k=6)
+    check_answers(index, model, pool[:3], k=6)
 
 
 # Writers that meet
@@ -362,7 +312,7 @@ def test_a_writer_that_comes_second_commits_upon_the_winner(uri: str, monkeypatc
     winner = open_index(uri)
     Late(index, monkeypatch, iter([lambda: winner.append(codes[:2], ["a", "b"]), lambda: winner.delete(["a"])]))
     assert index.append(codes[2:4], ["c", "d"]) == 4
-    check(open_index(uri), {"b": codes[1], "c": codes[2], "d": codes[3]}, codes)
+    check_answers(open_index(uri), {"b": codes[1], "c": codes[2], "d": codes[3]}, codes)
 
 
 def test_a_writer_that_finds_nothing_to_do_looks_whether_that_is_still_so(uri: str) -> None:
@@ -378,7 +328,7 @@ def test_what_the_winner_brought_already_is_dropped(uri: str, monkeypatch: pytes
     winner = open_index(uri)
     Late(index, monkeypatch, iter([lambda: winner.append(codes[:2], ["a", "b"], {"digest": ["1", "2"]})]))
     index.append(codes[:3], ["a", "b", "c"], {"digest": ["1", "2", "3"]})
-    check(open_index(uri), dict(zip("abc", codes[:3], strict=True)), codes)
+    check_answers(open_index(uri), dict(zip("abc", codes[:3], strict=True)), codes)
     assert [shard["rows"] for shard in open_index(uri).manifest["shards"]] == [2, 1]
 
 
@@ -393,10 +343,10 @@ def test_the_rule_for_existing_keys_is_applied_to_the_winners(
     if rule == "error":
         with pytest.raises(AlreadyExists):
             index.append(codes[4:6], ["b", "c"])
-        check(open_index(uri), {"a": codes[0], "b": codes[1]}, codes)
+        check_answers(open_index(uri), {"a": codes[0], "b": codes[1]}, codes)
         return
     index.append(codes[4:6], ["b", "c"], on_existing=rule)
-    check(open_index(uri), {"a": codes[0], "b": codes[1 if rule == "skip" else 4], "c": codes[5]}, codes)
+    check_answers(open_index(uri), {"a": codes[0], "b": codes[1 if rule == "skip" else 4], "c": codes[5]}, codes)
 
 
 def test_two_models_conflict(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +356,7 @@ def test_two_models_conflict(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Late(index, monkeypatch, iter([lambda: winner.append(codes[:1], ["a"], model="m1")]))
     with pytest.raises(Conflict, match="another model"):
         index.append(codes[1:], ["b"], model="m2")
-    check(open_index(uri), {"a": codes[0]}, codes)
+    check_answers(open_index(uri), {"a": codes[0]}, codes)
 
 
 def test_concurrent_appends_lose_nothing(uri: str) -> None:
@@ -427,9 +377,9 @@ def test_concurrent_appends_lose_nothing(uri: str) -> None:
         list(pool.map(write, range(8)))
     index = open_index(uri)
     wanted = {f"k{i}": codes[i] for w in range(8) for t in range(3) for i in range(w * 20 + t * 7, w * 20 + t * 7 + 12)}
-    check(index, wanted, random_codes(3, seed=1))
+    check_answers(index, wanted, random_codes(3, seed=1))
     assert [v["version"] for v in index.log()] == list(range(1, index.version + 1))
-    check(shared, wanted, random_codes(3, seed=1)) if shared.version == index.version else None
+    check_answers(shared, wanted, random_codes(3, seed=1)) if shared.version == index.version else None
 
 
 def test_searches_from_many_threads(tmp_path: Path) -> None:
@@ -472,7 +422,7 @@ def test_a_damaged_cache_file_is_fetched_again(
     index.append(codes, names(100))
     monkeypatch.setattr(cache, "_RANGE_BYTES", 64)  # several ranges
     model = dict(zip(names(100), codes, strict=True))
-    check(open_index(uri), model, codes[:2])
+    check_answers(open_index(uri), model, codes[:2])
     cached = sorted(path for path in own_cache.glob("??/*"))
     assert sorted(path.name for path in cached) == sorted(
         entry["sha256"] for entry in shard_files.files(index.manifest["shards"][0])
@@ -480,7 +430,7 @@ def test_a_damaged_cache_file_is_fetched_again(
     for path in cached:
         data = path.read_bytes()
         path.write_bytes(data[:-3] if path.name < "8" else bytes([data[0] ^ 1]) + data[1:])
-    check(open_index(uri), model, codes[:2])
+    check_answers(open_index(uri), model, codes[:2])
 
 
 def test_bytes_that_are_not_the_committed_ones_are_refused(s3_endpoint: str, tmp_path: Path) -> None:

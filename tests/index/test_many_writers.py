@@ -2,19 +2,12 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
-import pytest
 
 from hashdist.index import create_index, open_index
 
 WRITERS, TURNS = 16, 3
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
 
 
 def test_sixteen_writers(root_uri: str) -> None:

@@ -3,7 +3,6 @@
 import pickle
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,26 +22,9 @@ from hashdist.index.search import scanning
 from hashdist.index.shards.shard import Rows, write_shard
 from hashdist.index.upkeep.compaction import compact
 from hashdist.index.view import View
+from tests.worlds.index import names, random_codes
 
 Codes = NDArray[np.uint8]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def uri(root_uri: str) -> str:
-    return f"{root_uri}/indexes/photos"
-
-
-def random_codes(n: int, bits: int = 64, seed: int = 0) -> Codes:
-    return np.random.default_rng(seed).integers(0, 256, (n, bits // 8), dtype=np.uint8)
-
-
-def names(n: int, prefix: str = "k") -> list[str]:
-    return [f"{prefix}{i}" for i in range(n)]
 
 
 def report(passed: bool, **more: Any) -> dict[str, Any]:

@@ -36,11 +36,6 @@ SQUEEZENET = FeatureSettings(
 )
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
-
-
 def squeezenet_model(root: str, mode: str) -> Artefact:
     network, settings = open_network(SQUEEZENET), method_settings(find_method("dsah"), "paper")
     head = find_method("dsah").network(settings, network.width, 32, torch.Generator().manual_seed(3))

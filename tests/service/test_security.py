@@ -198,15 +198,9 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    before = os.environ.get("HASHDIST_CACHE")
-    os.environ["HASHDIST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     made = Site(tmp_path_factory.mktemp("site"))
     yield made
     made.close()
-    if before is None:
-        del os.environ["HASHDIST_CACHE"]
-    else:
-        os.environ["HASHDIST_CACHE"] = before
 
 
 @pytest.fixture(scope="module")

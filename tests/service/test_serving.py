@@ -131,7 +131,6 @@ def test_a_corrupt_first_version_is_waited_out(tmp_path: Path) -> None:
 def test_a_store_that_is_away_changes_nothing_but_what_is_said(
     tmp_path: Path, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
     world = ServiceWorld(tmp_path, images=30, root=f"s3://hashdist/{tmp_path.name}-away")
     with FaultyProxy(s3_endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)

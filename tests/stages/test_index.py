@@ -25,11 +25,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 BITS = 16
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
-
-
 class Made:
     """Features in clusters and their codes, in parts whose rows are in no order, one image unreadable."""
 

@@ -48,10 +48,8 @@ class Remote(LocalStore):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_RECENT_S", 0)
-    return tmp_path / "cache"
 
 
 @pytest.fixture

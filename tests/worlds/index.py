@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from hashdist.ground import ids
+from hashdist.ground.bits import hamming
 from hashdist.ground.errors import AlreadyExists, Conflict, NotFound, OutcomeUnknown, Refused, Unavailable
 from hashdist.index import Index
 from hashdist.index.manifest import apply_rewrites, attempt_of, content, files, is_expired
@@ -15,6 +18,7 @@ from hashdist.store import Store, open_store
 from hashdist.store.commit import Log, Version
 from tests.worlds.faults import Crash, FaultyStore
 
+Codes = NDArray[np.uint8]
 Contents = dict[str, int]
 """The code of every key, as a number."""
 
@@ -22,6 +26,39 @@ Effect = Callable[[Contents], Contents]
 Operation = Callable[[Index], Any]
 
 BITS = 16
+
+
+def random_codes(n: int, bits: int = 64, seed: int = 0) -> Codes:
+    """Packed codes [n, bits / 8], the same for the same seed."""
+    return np.random.default_rng(seed).integers(0, 256, (n, bits // 8), dtype=np.uint8)
+
+
+def names(n: int, prefix: str = "k") -> list[str]:
+    """Keys k0, k1, ..."""
+    return [f"{prefix}{i}" for i in range(n)]
+
+
+def check_answers(
+    index: Index, model: Mapping[str, Codes], queries: Codes | None = None, k: int = 7, radius: int = 24
+) -> None:
+    """The index answers as the dict of codes does, by brute force: searches, radius, keys, codes."""
+    salts = index.view.salts
+    queries = random_codes(3, index.bits, seed=99) if queries is None else queries
+    assert index.rows == len(model)
+    assert sorted(index.keys()) == sorted(model)
+    hits, near = index.search(queries, k), index.search_within(queries, radius)
+    assert hits.ids.shape == hits.distances.shape == (len(queries), min(k, len(model)))
+    assert (hits.ids.dtype, hits.distances.dtype) == (np.int64, np.int32)
+    for q, query in enumerate(queries):
+        ranked = sorted(
+            (int(hamming(query, code)), ids.image_id(key, salts.get(key, 0)), key) for key, code in model.items()
+        )
+        assert list(zip(hits.distances[q], hits.ids[q], hits.keys()[q], strict=True)) == ranked[:k]
+        span = slice(near.offsets[q], near.offsets[q + 1])
+        close = [row for row in ranked if row[0] <= radius]
+        assert list(zip(near.distances[span], near.ids[span], near.keys()[q], strict=True)) == close
+    if model:
+        np.testing.assert_array_equal(index.codes_of(list(model)), np.stack(list(model.values())))
 
 
 def codes_of(numbers: list[int]) -> Any:

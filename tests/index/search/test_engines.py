@@ -17,20 +17,10 @@ from hashdist.index.search import faiss as faiss_engines
 from hashdist.index.search.engine import Engine, recall
 from hashdist.index.view import View
 from hashdist.nearest import scan
+from tests.worlds.index import random_codes
 
 Codes = NDArray[np.uint8]
 EXACT = [engines.Folded(), engines.Faiss(), engines.Torch(device="cpu"), engines.Torch(device="cpu", rows_at_once=37)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("HASHDIST_CACHE", str(folder))
-    return folder
-
-
-def random_codes(n: int, bits: int = 64, seed: int = 0) -> Codes:
-    return np.random.default_rng(seed).integers(0, 256, (n, bits // 8), dtype=np.uint8)
 
 
 def clustered_codes(n: int, bits: int = 64, clusters: int = 20, seed: int = 0) -> Codes:

@@ -31,11 +31,6 @@ from tests.worlds.faults import Crash, FaultyStore
 SECRET = "secret-one"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
-
-
 def traces(root: str, *needles: bytes) -> list[str]:
     """Names of the objects under a root whose bytes hold one of the needles."""
     store = open_store(root)

@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hashdist.ground import ids as ids_module
-from hashdist.ground.bits import hamming
 from hashdist.ground.errors import Conflict
 from hashdist.ground.settings import IndexSettings
 from hashdist.index import Index, create_index, open_index
@@ -23,40 +22,9 @@ from hashdist.index.upkeep.compaction import compact, due
 from hashdist.store import open_store
 from hashdist.store.commit import Log
 from tests.worlds.faults import Crash, FaultyStore
+from tests.worlds.index import check_answers, random_codes
 
 FEW = IndexSettings(shard_rows=100, compact_small_shards=3)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def uri(root_uri: str) -> str:
-    return f"{root_uri}/indexes/photos"
-
-
-def random_codes(n: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).integers(0, 256, (n, 8), dtype=np.uint8)
-
-
-def check(index: Index, model: dict[str, Any]) -> None:
-    """The index answers as the dict does, by brute force."""
-    assert index.rows == len(model)
-    assert sorted(index.keys()) == sorted(model)
-    queries = random_codes(3, seed=99)
-    hits = index.search(queries, 7)
-    near = index.search_within(queries, 24)
-    for q, query in enumerate(queries):
-        ranked = sorted((int(hamming(query, code)), ids_module.image_id(key), key) for key, code in model.items())
-        assert list(zip(hits.distances[q], hits.ids[q], hits.keys()[q], strict=True)) == ranked[:7]
-        span = slice(near.offsets[q], near.offsets[q + 1])
-        assert [row for row in ranked if row[0] <= 24] == list(
-            zip(near.distances[span], near.ids[span], near.keys()[q], strict=True)
-        )
-    if model:
-        np.testing.assert_array_equal(index.codes_of(list(model)), np.stack(list(model.values())))
 
 
 def grown(uri: str, appends: int = 6, rows: int = 12) -> tuple[Index, dict[str, Any]]:
@@ -88,7 +56,7 @@ def test_small_shards_become_one_and_hidden_rows_go(uri: str) -> None:
     assert done.tombstones[1] == 0 == len(index.manifest["tombstones"])
     assert due(index.manifest, FEW) is None
     for opened in (index, open_index(uri)):
-        check(opened, model)
+        check_answers(opened, model)
     table = next(index.tables(["digest"]))
     assert dict(zip(table["key"].to_pylist(), table["digest"].to_pylist(), strict=True)) == {
         key: "new" if key in ("k0", "k5") else key for key in model
@@ -102,7 +70,7 @@ def test_older_versions_answer_as_before(uri: str) -> None:
     index, model = grown(uri)
     before = index.version
     compact(index, FEW)
-    check(open_index(uri, version=before), model)
+    check_answers(open_index(uri, version=before), model)
 
 
 def test_a_dry_run_changes_nothing(uri: str) -> None:
@@ -113,7 +81,7 @@ def test_a_dry_run_changes_nothing(uri: str) -> None:
     done = compact(index, FEW)
     assert planned[3:5] == done[3:5]
     assert planned.read == done.read
-    check(index, model)
+    check_answers(index, model)
 
 
 def test_due_by_dead_rows_and_by_deletions(tmp_path: Path) -> None:
@@ -133,10 +101,10 @@ def test_due_by_dead_rows_and_by_deletions(tmp_path: Path) -> None:
     done = compact(index, FEW)
     assert (done.merged, done.tombstones) == (0, (3, 1))
     assert due(index.manifest, FEW) is None
-    check(index, {k: c for k, c in zip(keys[21:], codes[21:], strict=True) if k not in keys[30:33]})
+    check_answers(index, {k: c for k, c in zip(keys[21:], codes[21:], strict=True) if k not in keys[30:33]})
     index.delete(keys)
     assert compact(index, FEW).shards == (1, 0)
-    check(open_index(index.uri), {})
+    check_answers(open_index(index.uri), {})
 
 
 def test_tombstones_of_shards_that_stay(tmp_path: Path) -> None:
@@ -157,7 +125,7 @@ def test_tombstones_of_shards_that_stay(tmp_path: Path) -> None:
     assert done.tombstones == (3, 1)
     assert index.manifest["tombstones"][0]["rows"] == 2
     model = {k: c for i, (k, c) in enumerate(zip(keys, codes, strict=True)) if i not in (3, 4, 100, 101, 111, 112)}
-    check(open_index(index.uri), model | {keys[4]: codes[0]})
+    check_answers(open_index(index.uri), model | {keys[4]: codes[0]})
 
 
 def test_no_shard_is_larger_than_the_setting_and_ids_ascend(tmp_path: Path) -> None:
@@ -174,7 +142,7 @@ def test_no_shard_is_larger_than_the_setting_and_ids_ascend(tmp_path: Path) -> N
         assert shard.rows == index.manifest["shards"][number]["rows"] <= 100
     compact(index, replace(FEW, shard_rows=1000), everything=True)
     assert len(index.manifest["shards"]) == 1
-    check(index, dict(zip(keys, codes, strict=True)))
+    check_answers(index, dict(zip(keys, codes, strict=True)))
 
 
 def test_columns_are_united(tmp_path: Path) -> None:
@@ -195,7 +163,7 @@ def test_columns_are_united(tmp_path: Path) -> None:
     compact(index, FEW)
     assert len(index.manifest["shards"]) == 3  # texts and floats do not go with whole numbers
     assert rows() == before
-    check(index, dict(zip("abcdef", codes, strict=False)))
+    check_answers(index, dict(zip("abcdef", codes, strict=False)))
 
 
 def test_further_files_of_a_shard_go_along(uri: str) -> None:
@@ -271,9 +239,9 @@ def test_any_history_equals_a_dict(tmp_path_factory: Any, steps: list[Any], seed
             assert due(index.manifest, chosen) is None or "files of deletions" in str(due(index.manifest, chosen))
         history |= {version: dict(before) for version in range(max(history) + 1, index.version)}
         history[index.version] = dict(model)
-        check(open_index(index.uri), model)
+        check_answers(open_index(index.uri), model)
     for version, then in history.items():
-        check(open_index(index.uri, version=version), then)
+        check_answers(open_index(index.uri, version=version), then)
 
 
 # Writers that meet
@@ -312,9 +280,9 @@ def test_an_append_meanwhile_does_not_matter(uri: str, monkeypatch: pytest.Monke
     meets(index, monkeypatch, iter([lambda: winner.append(codes, ["x", "y", "z"])]))
     done = compact(index, FEW)
     assert (done.merged, len(plans), done.version) == (7, 1, index.version)
-    check(open_index(uri), model | dict(zip("xyz", codes, strict=True)))
+    check_answers(open_index(uri), model | dict(zip("xyz", codes, strict=True)))
     assert open_index(uri).delete(["x", "k8"]) == 2
-    check(open_index(uri), {k: c for k, c in (model | {"y": codes[1], "z": codes[2]}).items() if k != "k8"})
+    check_answers(open_index(uri), {k: c for k, c in (model | {"y": codes[1], "z": codes[2]}).items() if k != "k8"})
 
 
 def test_a_delete_elsewhere_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plans: list[int]) -> None:
@@ -325,7 +293,7 @@ def test_a_delete_elsewhere_does_not_matter(tmp_path: Path, monkeypatch: pytest.
     meets(index, monkeypatch, iter([lambda: winner.delete(["big7"])]))
     assert compact(index, FEW).merged == 7
     assert len(plans) == 1
-    check(open_index(index.uri), model | {f"big{i}": codes[i] for i in range(60) if i != 7})
+    check_answers(open_index(index.uri), model | {f"big{i}": codes[i] for i in range(60) if i != 7})
 
 
 @pytest.mark.parametrize("verb", ["delete", "replace", "delete and add again"])
@@ -348,7 +316,7 @@ def test_a_row_that_the_winner_hid_never_comes_back(
     done = compact(index, FEW)
     assert len(plans) == 2
     wanted = {key: c for key, c in model.items() if key != "k8"} | ({} if verb == "delete" else {"k8": code[0]})
-    check(open_index(uri), wanted)
+    check_answers(open_index(uri), wanted)
     assert done.dropped == sum(s["rows"] for s in open_index(uri, plans[-1]).manifest["shards"]) - len(wanted)
     named = str(open_index(uri).manifest)
     assert attempts[0].attempt not in named
@@ -361,7 +329,7 @@ def test_two_compactions_at_once(uri: str, monkeypatch: pytest.MonkeyPatch) -> N
     meets(index, monkeypatch, iter([lambda: compact(winner, FEW)]))
     done = compact(index, FEW)
     assert (done.version, done.merged) == (winner.version, 0)
-    check(open_index(uri), model)
+    check_answers(open_index(uri), model)
 
 
 def test_other_content_meanwhile(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +345,7 @@ def test_other_content_meanwhile(uri: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     meets(index, monkeypatch, iter([build]))
     assert compact(index, FEW).merged == 0
-    check(open_index(uri), {"n": code[0]})
+    check_answers(open_index(uri), {"n": code[0]})
     assert open_index(uri).model == "m2"
 
 
@@ -387,7 +355,7 @@ def test_it_gives_up_where_its_inputs_change_each_time(tmp_path: Path, monkeypat
     meets(index, monkeypatch, (lambda key=key: winner.delete([key]) for key in list(model)))
     with pytest.raises(Conflict, match="changed what was being compacted"):
         compact(index, FEW)
-    check(open_index(index.uri), {key: model[key] for key in list(model)[4:]})
+    check_answers(open_index(index.uri), {key: model[key] for key in list(model)[4:]})
 
 
 # Crashes and memory
@@ -418,11 +386,11 @@ def crash_at(folder: Path, at: int | None) -> int:
         done = compact(index, FEW)
         assert at is None or done.version
     except Crash:
-        check(open_index(made.uri), model)
+        check_answers(open_index(made.uri), model)
     compact(open_index(made.uri), FEW)
     after = open_index(made.uri)
     assert len(after.manifest["shards"]) == 1
-    check(after, model)
+    check_answers(after, model)
     return seen
 
 

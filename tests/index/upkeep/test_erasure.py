@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hashdist.ground import ids as ids_module
-from hashdist.ground.bits import hamming
 from hashdist.ground.errors import Conflict, InvalidInput, Refused
 from hashdist.ground.settings import IndexSettings
 from hashdist.index import Index, change, create_index, open_index, promotion
@@ -25,19 +24,9 @@ from hashdist.index.upkeep.erasure import Erased, purge
 from hashdist.store import open_store
 from hashdist.store.commit import Log
 from tests.worlds.faults import Crash, FaultyStore
+from tests.worlds.index import check_answers, random_codes
 
 History = dict[int, dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def uri(root_uri: str) -> str:
-    return f"{root_uri}/indexes/photos"
 
 
 @pytest.fixture
@@ -45,29 +34,11 @@ def local(tmp_path: Path) -> str:
     return str(tmp_path / "local")
 
 
-def random_codes(n: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).integers(0, 256, (n, 8), dtype=np.uint8)
-
-
-def check(index: Index, model: dict[str, Any]) -> None:
-    """The index answers as the dict does, by brute force."""
-    salts = index.view.salts
-    assert index.rows == len(model)
-    assert sorted(index.keys()) == sorted(model)
-    queries = random_codes(2, seed=99)
-    hits = index.search(queries, 7)
-    for q, query in enumerate(queries):
-        ranked = sorted(
-            (int(hamming(query, code)), ids_module.image_id(key, salts.get(key, 0)), key) for key, code in model.items()
-        )
-        assert list(zip(hits.distances[q], hits.ids[q], hits.keys()[q], strict=True)) == ranked[:7]
-    if model:
-        np.testing.assert_array_equal(index.codes_of(list(model)), np.stack(list(model.values())))
-
-
 def check_history(uri: str, history: History, without: set[str]) -> None:
     for version, model in history.items():
-        check(open_index(uri, version=version), {key: code for key, code in model.items() if key not in without})
+        check_answers(
+            open_index(uri, version=version), {key: code for key, code in model.items() if key not in without}
+        )
 
 
 def traces(root: str, *needles: bytes) -> list[str]:
@@ -126,7 +97,7 @@ def test_nothing_is_left_and_every_version_answers_without_it(uri: str, root_uri
     ] == []
     check_history(uri, history, {"secret-one"})
     assert "secret-one" not in list(open_index(uri, version="release").keys())
-    check(index, {key: code for key, code in history[max(history)].items() if key != "secret-one"})
+    check_answers(index, {key: code for key, code in history[max(history)].items() if key != "secret-one"})
     newest = open_index(uri).manifest
     assert newest["purge"]["reason"] == "asked for on paper"
     assert newest["purge"]["images"] == 1
@@ -148,12 +119,14 @@ def test_life_goes_on_after_a_purge(local: str) -> None:
     check_history(local, history, without)
     assert rewrites - set(index.manifest["rewrites"]) == set()
     last = {key: code for key, code in history[max(history)].items() if key not in without}
-    check(open_index(local, version=first), last)
+    check_answers(open_index(local, version=first), last)
     retention.rollback(index, 3)
-    check(index, {key: code for key, code in history[3].items() if key not in without})
+    check_answers(index, {key: code for key, code in history[3].items() if key not in without})
     compact(index, IndexSettings(shard_rows=100), everything=True)
     index.append(codes[:1], ["secret-one"])
-    check(open_index(local), {**{k: c for k, c in history[3].items() if k not in without}, "secret-one": codes[0]})
+    check_answers(
+        open_index(local), {**{k: c for k, c in history[3].items() if k not in without}, "secret-one": codes[0]}
+    )
     check_history(local, history, without)
     purge(index, ["secret-one"])
     assert traces(local, *needles("secret-one", codes[[0, 2, 3]])) == []
@@ -170,7 +143,7 @@ def test_an_image_that_is_everything(local: str) -> None:
     assert traces(local, *needles("secret-one", codes)) == []
     assert (index.manifest["shards"], index.manifest["tombstones"], index.rows) == ([], [], 0)
     for version in range(1, 6):
-        check(open_index(local, version=version), {})
+        check_answers(open_index(local, version=version), {})
 
 
 def test_a_candidate_and_notes_are_erased_too(uri: str, root_uri: str) -> None:
@@ -198,7 +171,7 @@ def test_a_candidate_and_notes_are_erased_too(uri: str, root_uri: str) -> None:
     assert "d1" in list(candidate.keys())
     assert candidate.rows == len(list(candidate.keys()))
     promotion.discard(index)
-    check(open_index(uri), dict(zip(index.keys(), index.codes_of(list(index.keys())), strict=True)))
+    check_answers(open_index(uri), dict(zip(index.keys(), index.codes_of(list(index.keys())), strict=True)))
 
 
 def test_former_candidates_and_expired_versions(local: str) -> None:
@@ -287,7 +260,7 @@ def test_a_writer_that_was_first_is_searched_too(local: str, monkeypatch: pytest
     assert traces(local, *needles("secret-one", [*codes[[0, 2, 3]], new[0]])) == []
     check_history(local, history, {"secret-one"})
     last = {k: c for k, c in history[max(history)].items() if k not in ("secret-one", "secret-two")}
-    check(open_index(local), {**last, "z": new[1]})
+    check_answers(open_index(local), {**last, "z": new[1]})
 
 
 def test_what_was_planned_before_a_purge_is_not_committed(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,10 +277,10 @@ def test_what_was_planned_before_a_purge_is_not_committed(local: str, monkeypatc
     monkeypatch.setattr(index._log, "commit", late)
     compact(index, IndexSettings(shard_rows=100), everything=True)
     last = {k: c for k, c in history[max(history)].items() if k != "secret-one"}
-    check(open_index(local), last)
+    check_answers(open_index(local), last)
     code = random_codes(1, seed=6)
     third.append(code, ["new"])
-    check(open_index(local), {**last, "new": code[0]})
+    check_answers(open_index(local), {**last, "new": code[0]})
     old = content(third.versions.read(3).manifest)
     with pytest.raises(Conflict, match="erased"):
         third.transact(lambda view, tried: successor(view.version, "restore", old))
@@ -413,5 +386,5 @@ def test_any_history_equals_dicts(tmp_path_factory: Any, steps: list[Any], seed:
             retention.vacuum(index, 0.0, force=True)
             history = {version: history[version] for version in kept_numbers(index.manifest) if version in history}
         history[index.version] = dict(model)
-        check(open_index(folder), model)
+        check_answers(open_index(folder), model)
     check_history(folder, history, set())

@@ -27,14 +27,8 @@ DAY = 86_400.0
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "_pause_s", lambda attempt: 0.0)
-
-
-@pytest.fixture
-def uri(root_uri: str) -> str:
-    return f"{root_uri}/indexes/photos"
 
 
 def days_later(days: float) -> Callable[[Store], float]:

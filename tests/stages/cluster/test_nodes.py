@@ -1,4 +1,4 @@
-"""A node that is lost in the middle changes nothing. The long form, over networks: cluster/namespaces.py."""
+"""A node that is lost in the middle changes nothing. The long form, over networks: tests/worlds/machines.py."""
 
 import json
 import os

@@ -33,11 +33,6 @@ Codes = NDArray[np.uint8]
 WIDTH = 12
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASHDIST_CACHE", str(tmp_path / "cache"))
-
-
 def random_codes(n: int, seed: int = 0) -> Codes:
     """Of few kinds, so that ties are the rule."""
     return np.random.default_rng(1).integers(0, 256, (40, 2), dtype=np.uint8)[

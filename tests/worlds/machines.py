@@ -1,7 +1,7 @@
 """A Ray cluster of several machines on this one, and what the loss of a machine does to a run of hashdist.
 
-    python cluster/namespaces.py                                     # as root; all faults, some ten minutes
-    python cluster/namespaces.py --faults kill:train mend:reindex --json
+    python -m tests.worlds.machines                                  # as root; all faults, some ten minutes
+    python -m tests.worlds.machines --faults kill:train mend:reindex --json
 
 A machine is a set of Linux namespaces: its own network (one cable to a switch that the script makes), processes,
 host name, shared memory, and folder for everything that is written; the rest of the file system is read-only, so
@@ -29,6 +29,7 @@ import io
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -44,7 +45,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests import REPOSITORY
+
 STAGES = ("features", "train", "reindex")
 FAULTS = ("kill", "cut", "mend")
 TOOLS = ("ip", "mount", "nsenter", "setpriv", "unshare")
@@ -77,7 +79,7 @@ class Wrong(Exception):
 
 def say(text: str) -> None:
     """A line on stderr, with the time."""
-    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)  # noqa: T201
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 # Machines
@@ -626,7 +628,6 @@ def inside(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = Path(arguments.inside)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True)
     (folder / "own").mkdir()
-    sys.path.insert(0, str(REPOSITORY))
     cluster = Cluster(folder, arguments.cpus, arguments.ceph)
     try:
         cluster.start(arguments.nodes)
@@ -725,22 +726,7 @@ def refusal() -> str:
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
     if missing:
         return f"not found: {', '.join(missing)} (packages iproute2 and util-linux)"
-    words = [
-        "unshare",
-        "--net",
-        "--pid",
-        "--mount",
-        "--fork",
-        "ip",
-        "link",
-        "add",
-        "v0",
-        "type",
-        "veth",
-        "peer",
-        "name",
-        "v1",
-    ]
+    words = shlex.split("unshare --net --pid --mount --fork ip link add v0 type veth peer name v1")
     tried = subprocess.run(words, capture_output=True, text=True, check=False)
     return f"no veth pair can be made in a namespace: {tried.stderr.strip()}" if tried.returncode else ""
 
@@ -758,7 +744,11 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.worlds.machines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     every = [f"{fault}:{stage}" for fault in FAULTS for stage in STAGES]
     parser.add_argument("--faults", nargs="*", default=every, choices=every, metavar="FAULT:STAGE")
     parser.add_argument("--nodes", type=int, default=3, help="worker nodes")
@@ -779,25 +769,15 @@ def main() -> int:
         except Wrong as error:
             say(f"WRONG: {error}")
             return 1
-        print(json.dumps(result) if arguments.json else table(result), flush=True)  # noqa: T201
+        print(json.dumps(result) if arguments.json else table(result), flush=True)
         return 0 if result["equal"] else 1
     if reason := refusal():
         say(reason)
         return 2
     with tempfile.TemporaryDirectory(prefix="hd", dir="/tmp") as folder:
-        apart = [
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            "unshare",
-            "--net",
-            "--mount",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-        ]
-        process = subprocess.Popen([*apart, sys.executable, __file__, *sys.argv[1:], "--inside", folder])
+        apart = shlex.split("setpriv --pdeathsig KILL unshare --net --mount --pid --fork --kill-child --mount-proc")
+        program = [sys.executable, "-m", "tests.worlds.machines", *sys.argv[1:], "--inside", folder]
+        process = subprocess.Popen([*apart, *program], cwd=REPOSITORY)
         with _ended(process):
             return process.wait()
 

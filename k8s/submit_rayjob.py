@@ -1,6 +1,6 @@
 """Suspended RayJob -> a run of it, waited for: what the CronJob in k8s/ does every night.
 
-python jobs/submit_rayjob.py --template reindex-template --name reindex-29384720-run --owner reindex-29384720/UID
+python k8s/submit_rayjob.py --template reindex-template --name reindex-29384720-run --owner reindex-29384720/UID
 
 Asks the Kubernetes API with the account of its pod. A run has the name that it is given, so starting it twice starts
 it once: the second call finds it and waits for it too. Exit codes: 0 done, 1 the run failed, 2 it cannot be started,
@@ -161,6 +161,7 @@ def wait(api: Api, name: str, patience: float, pause: float) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
     made = argparse.ArgumentParser(description="start a copy of a suspended RayJob, and wait for it")
     made.add_argument("--template", required=True, help="the suspended RayJob")
     made.add_argument("--name", required=True, help="of the run; the same name is the same run")
@@ -174,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     words = parser()
     given = words.parse_args(argv)
     if len(given.name) > LONGEST_NAME:

@@ -83,9 +83,9 @@ def main(variant: str, folder: str = "") -> None:
             [python, "-c", IMPORTS], cwd=base, check=True, capture_output=True, text=True, timeout=300
         )
         versions = json.loads(done.stdout.splitlines()[-1])
-        shown = subprocess.check_output([python.with_name("hashdist"), "--version"], text=True).strip()
-        if shown != versions["hashdist"]:
-            raise SystemExit(f"`hashdist --version` must be the package's {versions['hashdist']}, found {shown}")
+        shown = subprocess.check_output([python.with_name("hashdist"), "--version"], text=True).splitlines()[0]
+        if shown != f"hashdist {versions['hashdist']}":
+            raise SystemExit(f"`hashdist --version` must begin with hashdist {versions['hashdist']}, found {shown}")
         size = sum(path.lstat().st_size for path in (base / "venv").rglob("*"))
         print(f"{variant}: {size / 1e9:.1f} GB, {versions}")  # noqa: T201
     finally:

@@ -131,7 +131,7 @@ def _by_key(index: Index, options: SearchOptions) -> list[Query]:
     except NotFound as error:
         like = near_keys(index, options.key)
         near = f"; keys like it: {', '.join(map(repr, like))}" if like else ""
-        file = "; there is a file of that name, with which --image searches" if Path(options.key).is_file() else ""
+        file = "; a file has that name: --image searches with it" if Path(options.key).is_file() else ""
         raise NotFound(f"{error}{near}{file}") from error
 
 

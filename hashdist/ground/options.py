@@ -3,22 +3,20 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-# What single commands take besides
-
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What to search for, and how to show it.
+    """A query, the way it is answered, and how the answer is shown.
 
     Args:
-        version: an older version of it, by number or tag; 0 = the newest.
+        version: an older version of the index, by number or tag; 0 = the newest.
         image: image file to search with; needs the model that the index names, or --model.
         key: key of an image in the index to search with.
         code: code to search with, as hexadecimal bytes.
         queries: file of queries, a key or a hexadecimal code a line; the answers are JSON lines; - = standard input.
         model: URI of the model that encodes --image; empty = the one that the index was made with.
         k: number of results.
-        radius: all images whose codes differ in at most so many bits, instead of the k nearest; -1 = the k nearest.
+        radius: all images whose codes differ in at most this many bits, instead of the k nearest; -1 = the k nearest.
         where: only images that match, such as "label in 3,5 and taken >= 2020" (docs/search.md).
         exclude_self: leave the image of --key out of its own results.
         rerank: order the nearest candidates by the cosine of their features; the index must keep them (index.rerank).
@@ -26,8 +24,8 @@ class SearchOptions:
         engine: what looks at the codes: scan, or another one of docs/search.md (a wrong name lists them).
         probes: lists of a shard that ivf looks at; 0 = 16.
         flips: bits of each piece of a code that multihash lets differ; -1 = 1.
-        recall: also measure the engine's recall@k against the scan, with so many images of the index as queries.
-        actors: spread the shards over so many Ray actors; 0 = search in this process.
+        recall: also measure the engine's recall@k against the scan, with this many images of the index as queries.
+        actors: spread the shards over this many Ray actors; 0 = search in this process.
         html: write the results as a sheet of pictures to this file as well.
         candidate: search the candidate that waits for promotion.
     """
@@ -55,11 +53,11 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class PromoteOptions:
-    """Whether the candidate is served although the gate did not pass.
+    """Leave to serve the candidate although the gate did not pass.
 
     Args:
-        force: serve it in any case; the reason and the checks that failed are recorded.
-        reason: why.
+        force: serve the candidate in any case; the reason and the checks that failed are recorded.
+        reason: why it is served by force.
     """
 
     force: bool = False
@@ -71,7 +69,7 @@ class TagOptions:
     """A name for a version, which no clean-up expires while it has one.
 
     Args:
-        name: of the tag; not a number.
+        name: the tag; not a number.
         version: the version to name; 0 = the newest.
         delete: remove the tag instead.
     """
@@ -83,10 +81,10 @@ class TagOptions:
 
 @dataclass(frozen=True)
 class RollbackOptions:
-    """Which version's content becomes that of a new version.
+    """The version whose content a new version gets.
 
     Args:
-        to: its number, or a tag.
+        to: number or tag of the version.
     """
 
     to: int | str = 0
@@ -94,7 +92,7 @@ class RollbackOptions:
 
 @dataclass(frozen=True)
 class VacuumOptions:
-    """What a clean-up may take.
+    """The versions and files that a clean-up may delete.
 
     Args:
         older_than: versions that were superseded, and unfinished uploads that were begun, longer ago than this: a
@@ -115,7 +113,7 @@ class VacuumOptions:
 
 @dataclass(frozen=True)
 class CompactOptions:
-    """What is compacted; when it is due and what is small stand in the index settings.
+    """The extent of a compaction; the index settings say when it is due, and which shards are small.
 
     Args:
         all: as few shards as possible, without any deleted row.
@@ -128,12 +126,12 @@ class CompactOptions:
 
 @dataclass(frozen=True)
 class PurgeOptions:
-    """Which images are erased, from all versions of all indexes under the root and from all artefacts.
+    """The images that are erased, from all versions of all indexes under the root and from all artefacts.
 
     Args:
-        keys: of the images; given alone, the words after the command. They then stand in your shell's history too.
+        keys: keys of the images; words after the command are keys too. They stay in your shell's history.
         keys_file: a file with one key a line.
-        reason: stands in the log for ever; it must name no image.
+        reason: why; it stays in the log for ever, and must name no image.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -143,7 +141,7 @@ class PurgeOptions:
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """Which store is checked.
+    """The store that is checked.
 
     Args:
         uri: folder or s3:// URI; empty = the root.
@@ -177,7 +175,7 @@ class DedupOptions:
     """Near-duplicates of an index.
 
     Args:
-        radius: images whose codes differ in at most so many bits are near-duplicates; clusters are made of such steps.
+        radius: images whose codes differ in at most this many bits are near-duplicates; clusters are chains of them.
         out: parquet file of the clusters (cluster, id, key, distance); a path or s3://.
         previous: such a file of an older version of the index, made with the same radius: only what has changed since
             is compared.
@@ -194,11 +192,11 @@ class DedupOptions:
 
 @dataclass(frozen=True)
 class QuickstartOptions:
-    """Where the quickstart works.
+    """The folder that the quickstart works in.
 
     Args:
         folder: images, artefacts, index and report go below this folder.
-        seed: of the training.
+        seed: seed of the training.
     """
 
     folder: str = "hashdist-quickstart"
@@ -207,7 +205,7 @@ class QuickstartOptions:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What is compared; the data are those of the features settings, the split is evaluate.protocol.
+    """The methods that are compared; the data are those of the features settings, the split is evaluate.protocol.
 
     Args:
         methods: `name` or `name:preset`; without a preset it is `frozen` in frozen mode where there is one, else
@@ -215,10 +213,10 @@ class CompareOptions:
         variants: further rows by name: mappings with `method` and any of `preset`, `options` and `graph`.
         bits: code lengths.
         seeds: how many seeds; each draws its own split, initial weights and order.
-        first_seed: the first of them.
+        first_seed: the first of the seeds.
         drop_labels: classes that count for nothing; images left without a label take no part.
         published: tables of the papers to lay beside (see hashdist/commands/published.yaml).
-        watch: measure after every so many epochs too; 0 = at the end only.
+        watch: measure after every N epochs too; 0 = at the end only.
         svm: fit a support vector machine on the codes too; the protocol must have validation images.
         part: I/N: compute only every N-th missing cell, for several processes at once.
         out: folder for the tables (Markdown, JSON) and figures; empty = none are written.
@@ -256,7 +254,7 @@ class ListFiles:
 
 @dataclass(frozen=True)
 class ProtocolOptions:
-    """What a protocol file is made from: lists, or a draw among a data set's images or among committed features.
+    """The source of a protocol file: lists, or a draw among a data set's images or among committed features.
 
     Args:
         protocol: which protocol draws (see docs/protocols.md); with lists, only the name to write down.
@@ -278,7 +276,7 @@ class ProtocolOptions:
 
 @dataclass(frozen=True)
 class ProtocolCheckOptions:
-    """Which protocol file is checked; with --root or --features.snapshot also against those features.
+    """The protocol file that is checked; with --root or --features.snapshot also against those features.
 
     Args:
         file: path or URI.
@@ -308,7 +306,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What the report shows.
+    """The contents of the report, and its place.
 
     Args:
         out: the HTML file to write.

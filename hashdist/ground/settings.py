@@ -16,7 +16,7 @@ def _identity(settings: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CollectionSettings:
-    """Where the images are.
+    """The images: where they lie, and how they are read.
 
     Args:
         uri: a folder, a parquet file or folder, or a tar file or folder of tars; a path, file:// or s3://.
@@ -63,7 +63,7 @@ class PreprocessSettings:
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """Which network turns an image into a feature vector, and how it is run.
+    """The network that turns an image into a feature vector, and how it runs.
 
     Args:
         backbone: `pixels` (built in, no weights), `cnnf` (built in, weights from a file or random), a torchvision model
@@ -98,7 +98,7 @@ class FeatureSettings:
 
 @dataclass(frozen=True)
 class GraphSettings:
-    """Which images are trained on, and their neighbour graph.
+    """The images that are trained on, and their neighbour graph.
 
     Args:
         train_sample: train on the images with this many smallest ids: uniform, and stable under growth.
@@ -136,13 +136,13 @@ class GraphSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What is trained and how.
+    """The method that is trained, and the values that it is trained with.
 
     Args:
         method: file name of a method in hashdist/methods.
         preset: the method's named values: `paper` or `release`.
         bits: code length, a multiple of 8.
-        seed: of initial weights, order and dropout.
+        seed: seed of initial weights, order and dropout.
         mode: `frozen` trains the hash head on committed features; `images` trains end to end.
         options: single values of the method's settings that differ from the preset.
         workers: Ray Train workers (world size).
@@ -200,7 +200,7 @@ class IndexSettings:
         shard_rows: rows per shard file at most.
         compact_dead_share: compaction is due when more than this share of all rows is deleted or replaced, and writes
             every shard again of which more than this share is.
-        compact_small_shards: compaction is due at so many small shards (or files of deletions), and merges them.
+        compact_small_shards: compaction is due at this many small shards (or files of deletions), and merges them.
         compact_small_share: a shard of fewer rows than this share of shard_rows is small.
         rerank: keep the features beside the codes, for two-stage ranking (2 bytes a value); frozen mode only.
     """
@@ -220,7 +220,7 @@ class IndexSettings:
 
 @dataclass(frozen=True)
 class GateSettings:
-    """What a new version of the index must show before it is served; else it waits as a candidate (docs/promotion.md).
+    """Checks of a new version of the index; one that does not pass waits as a candidate (docs/promotion.md).
 
     Args:
         probes: images that are encoded again, and whose codes must be the stored ones.
@@ -254,7 +254,7 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What is measured.
+    """The protocol and the metrics of an evaluation.
 
     Args:
         protocol: query, training and database split: a name, or file:PATH-or-URI (see docs/protocols.md); empty: all
@@ -278,11 +278,11 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """Where it runs.
+    """The Ray cluster that stages run on.
 
     Args:
-        address: of a running Ray cluster; `auto` joins the one of RAY_ADDRESS and else starts one on this machine;
-            `local` always starts one.
+        address: address of a running Ray cluster; `auto` joins the one of RAY_ADDRESS and else starts one on this
+            machine; `local` always starts one.
         cpus: logical CPUs of a cluster started here; 0 = the machine's, at least 4.
         object_store_mb: object store of a cluster started here, in MiB.
     """
@@ -294,11 +294,11 @@ class ClusterSettings:
 
 @dataclass(frozen=True)
 class MetricsSettings:
-    """Where the driver's metrics go; workers report through Ray's own endpoint in any case.
+    """Places that the driver's metrics go to; workers report through Ray's own endpoint in any case.
 
     Args:
-        port: serve them for Prometheus on this loopback port while the job runs; 0 = no.
-        gateway: host:port of a push gateway that gets them when the job ends.
+        port: serve the metrics for Prometheus on this loopback port while the job runs; 0 = no.
+        gateway: host:port of a push gateway that gets the metrics when the job ends.
     """
 
     port: int = 0
@@ -311,7 +311,7 @@ class ServiceSettings:
 
     Args:
         host: address that `hashdist serve` listens on; other machines reach it only where this is not the loopback.
-        port: of the service.
+        port: port of the service.
         replicas: copies of the search, each with all shards mapped (or all actors at hand).
         spread: over how many processes the shards are spread where they do not fit one; 0 = each replica has all.
         cpus: logical CPUs that Ray reserves for a replica, and for each process of `spread`.

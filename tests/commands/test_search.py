@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 import hashdist
 from hashdist import cli
+from hashdist.commands import search as search_command
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ids import image_id
 from hashdist.index import Index, create_index, open_index
@@ -561,3 +562,42 @@ def test_recall_of_an_engine_is_printed(root: Path, capsys: pytest.CaptureFixtur
 )
 def test_what_cannot_be_asked(root: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
     assert told in run(capsys, root, *words)["error"]["message"]
+
+
+def test_a_key_that_is_not_there_names_keys_like_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"album{n % 3:02}/{10000 + n}.jpg" for n in range(30)] + ["gone/10003.jpg"]
+    index = create_index((tmp_path / "r/indexes/images").as_uri(), bits=32)
+    index.append(random_codes(20), names[:20])
+    index.append(random_codes(11, seed=1), names[20:])
+    index.delete(names[-1:])
+
+    def told(*words: str) -> str:
+        assert cli.main(["search", *words, "--root", str(tmp_path / "r")]) == 2
+        return capsys.readouterr().err
+
+    assert "keys like it: 'album00/10003.jpg'\n" in told("10003.jpg")
+    assert "'album00/10003.jpg'" in told("--key", "ALBUM00/10003.JPG")
+    assert "'album01/10025.jpg'" in told("--key", "another/10025.jpg")
+    assert "'album02/10011.jpg'" in told("--key", "album02/10011.jpgg")
+    assert "like it" not in told("--key", "ü")
+    monkeypatch.chdir(tmp_path)
+    Path("photo.jpg").touch()
+    assert "--image searches" in told("--key", "photo.jpg")
+    monkeypatch.setattr(search_command, "_NEAR_ROWS", 5)
+    assert "album01/10025.jpg" not in told("10025.jpg")  # no more rows than these are looked at
+
+
+def test_a_file_is_an_image_and_any_other_word_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = create_index((tmp_path / "i").as_uri(), bits=32)
+    index.append(random_codes(3), ["a.jpg", "b.jpg", "c.jpg"])
+    assert cli.main(["search", "b.jpg", "-k", "2", "--index.uri", index.uri]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["bits", "key", "uri"]
+    assert lines[2].split() == ["0", "b.jpg"]
+    assert len(lines) == 4
+    file = tmp_path / "photo.jpg"
+    file.touch()
+    assert cli.main(["search", str(file), "--index.uri", index.uri]) == 2
+    assert "which model made it" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What each command declares to read (hashdist/commands/catalogue.py) is what it reads.
+"""What each command declares to read (hashdist/commands/catalogue.py) is what it reads; and only we speak on stderr.
 
 That it reads nothing else is checked wherever a test runs a command (tests/conftest.py, `reads`).
 """
@@ -35,11 +35,20 @@ OTHERWISE = {
 }
 """Settings that a command reads, but not here."""
 
+SPEAKERS = {
+    *("hashdist", "collection", "features", "graph", "train", "encode", "index", "evaluate"),
+    *("exact neighbours", "gate", "compare", "dedup", "reindex", "verify", "purge", "withdrawn", "warning"),
+}
+"""What lines on stderr begin with: nothing else is said, least of all by Ray."""
+
 STAGES = ("collection", "features", "graph", "train", "encode", "index build", "evaluate")
 
 
 def test_a_command_reads_all_that_it_declares(
-    reads: dict[str, set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reads: dict[str, set[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     reads.clear()
@@ -65,6 +74,10 @@ def test_a_command_reads_all_that_it_declares(
     reads["compare"] |= {name for name in reads["pipeline"] if name.startswith(("graph.", "train.", "encode."))}
     for name, read in reads.items():
         assert set(COMMANDS[name].settings) - read - UNSEEN <= OTHERWISE.get(name, set()), name
+
+    said = [line for line in capfd.readouterr().err.splitlines() if line and not line.startswith("  ")]
+    assert {line.partition(":")[0] for line in said} <= SPEAKERS
+    assert sum(line.startswith("train:") for line in said) <= 12
 
 
 def run(name: str, *words: str, code: int = 0) -> None:

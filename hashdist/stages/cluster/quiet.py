@@ -30,9 +30,10 @@ def is_asked_for() -> bool:
 
 
 def keep_reports() -> None:
-    """Before ray.init: reports of raylets go to stderr, in one line each, and one notice of Ray Data goes nowhere."""
+    """Before ray.init: reports of raylets go to stderr, in one line each, and notices of Ray's libraries go nowhere."""
     if not is_asked_for():
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         worker.print_to_stdstream = _say_report
 
 

@@ -22,7 +22,7 @@ from hashdist.index.manifest import CONTENT, apply_rewrites, files, first, is_ex
 from hashdist.index.notes import FOLDER, MOST_FILES, SEEN, SUFFIX, last_of_each, read_seen, write_seen
 from hashdist.index.search import rerank as second_stage
 from hashdist.index.search.engine import Engine
-from hashdist.index.search.engines import by_radius, find_engine
+from hashdist.index.search.engines import find_engine, not_by_radius
 from hashdist.index.search.filters import Filter
 from hashdist.index.search.hits import Hits, Matches
 from hashdist.index.search.rerank import unit_rows
@@ -283,7 +283,7 @@ class Index:
         view, queries_QW, where = self._view, self._codes(codes), _filter(where)
         chosen = self._engine(engine, tables=tables)
         if not chosen.by_radius:
-            raise InvalidInput(f"{engine} does not search by radius; use {' or '.join(by_radius())}")
+            raise not_by_radius(engine)
         if not isinstance(radius, int | np.integer) or radius < 0:
             raise InvalidInput(f"the radius must be a whole number of at least 0, found {radius!r}")
         found = chosen.within(view, queries_QW, int(radius), where)

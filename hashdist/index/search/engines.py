@@ -37,10 +37,13 @@ def find_engine(engine: str | Engine, /, **knobs: Any) -> Engine:
     if engine not in ENGINES:
         raise InvalidInput(f"the engine must be one of {', '.join(ENGINES)}, found {engine!r}")
     kind = ENGINES[engine]
-    own = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    own = {field.name for field in fields(kind)} if knobs else ()  # type: ignore[arg-type]
     return kind(**{name: value for name, value in knobs.items() if name in own})
 
 
-def by_radius() -> list[str]:
-    """Names of the engines that search by radius."""
-    return [name for name, kind in ENGINES.items() if kind.by_radius]
+def not_by_radius(engine: str | Engine) -> InvalidInput:
+    """The error about an engine that does not search by radius; it names those that do."""
+    names = {kind: name for name, kind in ENGINES.items()}
+    found = engine if isinstance(engine, str) else names.get(type(engine), engine)
+    able = [name for name, kind in ENGINES.items() if kind.by_radius]
+    return InvalidInput(f"{found} does not search by radius; use {', '.join(able[:-1])} or {able[-1]}")

@@ -196,8 +196,9 @@ def test_engines_that_cannot_be_are_refused(tmp_path: Path) -> None:
     index = made(tmp_path, random_codes(10), 1)
     with pytest.raises(InvalidInput, match="one of scan, folded, faiss, ivf, multihash, torch, found 'annoy'"):
         index.search(random_codes(1), 1, engine="annoy")
-    with pytest.raises(InvalidInput, match="ivf does not search by radius"):
-        index.search_within(random_codes(1), 1, engine="ivf")
+    for ivf in ("ivf", engines.Ivf()):
+        with pytest.raises(InvalidInput, match="ivf does not search by radius; use scan, folded, faiss, multihash"):
+            index.search_within(random_codes(1), 1, engine=ivf)
     for wrong in (lambda: engines.Ivf(probes=0), lambda: engines.MultiHash(flips=-1)):
         with pytest.raises(InvalidInput, match="at least"):
             wrong()
@@ -229,8 +230,8 @@ def test_an_engine_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest
     assert engines.find_engine("every") == own
     np.testing.assert_array_equal(index.search(queries, 5, engine=own).ids, index.search(queries, 5).ids)
     assert own.asked == [3]
-    with pytest.raises(InvalidInput, match="does not search by radius"):
-        index.search_within(queries, 1, engine=own)
+    with pytest.raises(InvalidInput, match="does not search by radius; use another engine"):
+        own.within(index.view, queries, 1, None)
 
 
 def test_a_version_without_rows(tmp_path: Path) -> None:

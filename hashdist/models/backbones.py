@@ -18,8 +18,8 @@ as float32. Pixels are stored as float32: k/255 has no exact float16, they are f
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +32,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.settings import FeatureSettings
+from hashdist.methods.parts.threads import torch_threads
 from hashdist.models.networks import (
     PIXELS,
     Network,
@@ -86,7 +87,7 @@ class Backbone:
         self._network = made
         if not raw:
             self._network = self._fast(made)
-            with _threads(threads), torch.inference_mode():
+            with torch_threads(threads), torch.inference_mode():
                 self._choose(settings.precision)
         self.spec: dict[str, Any] = {
             "backbone": settings.backbone,
@@ -113,7 +114,7 @@ class Backbone:
         A row is the same bits whatever the other rows are. A feature that float16 cannot hold is infinite or NaN.
         """
         features_nD = np.empty((len(images_nSS3), self.width), self.dtype)
-        with torch.inference_mode(), _threads(self._threads), np.errstate(over="ignore"):
+        with torch.inference_mode(), torch_threads(self._threads), np.errstate(over="ignore"):
             for start in range(0, len(images_nSS3), self.batch):
                 part = images_nSS3[start : start + self.batch]
                 found = self._run(self._network, self._padded(part), self.precision)
@@ -308,17 +309,3 @@ def check_images(count: int, size: int) -> NDArray[np.uint8]:
     """Smooth made-up pictures uint8 [count, size, size, 3], the same everywhere: closer to photographs than noise."""
     coarse = np.random.default_rng(0).integers(0, 256, (count, 6, 6, 3), np.uint8)
     return np.stack([np.asarray(Image.fromarray(c).resize((size, size), Image.Resampling.BILINEAR)) for c in coarse])
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """A fixed number of torch threads: how a sum is split may depend on it."""
-    before = torch.get_num_threads()
-    if before == count:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

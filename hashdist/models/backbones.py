@@ -36,15 +36,11 @@ from hashdist.methods.parts.threads import torch_threads
 from hashdist.models.networks import (
     PIXELS,
     Network,
-    network,
     open_network,
     plain_preprocess,
-    spec_settings,
     warn_of_random,
     weights_digest,
 )
-
-__all__ = ["Backbone", "build_backbone", "network", "spec_settings"]
 
 LARGEST_ACTIVATION_BYTES = 31 << 20
 """Below glibc's largest threshold for mmap (32 MiB), with room for alignment."""
@@ -149,7 +145,7 @@ class Backbone:
         count = min(_CHECK_IMAGES, self.batch)
         images = self._padded(check_images(count, self._preprocess.size))
         exact_nD = self._run(self._network, images, "float32")[:count]
-        stored = agreement(exact_nD.half(), exact_nD)
+        stored = closeness(exact_nD.half(), exact_nD)
         if stored.good:
             self.dtype = np.dtype(np.float16)
         else:
@@ -166,9 +162,9 @@ class Backbone:
         if self._device.type == "cpu":
             half.body.half()
         try:
-            found = agreement(self._run(half, images, "float16")[: len(exact_nD)], exact_nD)
+            found = closeness(self._run(half, images, "float16")[: len(exact_nD)], exact_nD)
         except RuntimeError as error:
-            found = Agreement(0.0, False, f"it cannot run: {error}")
+            found = Closeness(0.0, False, f"it cannot run: {error}")
         if found.good:
             self.notes.append(f"float16: {found} on {len(exact_nD)} made-up pictures")
             self._network, self.precision = half, "float16"
@@ -181,7 +177,7 @@ class Backbone:
             self.notes.append(f"float32: float16 does not agree ({found})")
 
 
-class Agreement(NamedTuple):
+class Closeness(NamedTuple):
     """How close features are to the exact ones: their mean cosine, and whether all are finite."""
 
     cosine: float
@@ -197,13 +193,13 @@ class Agreement(NamedTuple):
         return self.remark or f"mean cosine {self.cosine:.6f}{'' if self.finite else ', not all values finite'}"
 
 
-def agreement(found_nD: Tensor, exact_nD: Tensor) -> Agreement:
+def closeness(found_nD: Tensor, exact_nD: Tensor) -> Closeness:
     """Compare features; in float64, so that nothing is lost on the way."""
     a, b = found_nD.double(), exact_nD.double()
     lengths = a.norm(dim=1) * b.norm(dim=1)
     # two zero vectors agree, a zero and another one do not
     cosines = torch.where(lengths > 0, (a * b).sum(1) / lengths, (a == b).all(1).double())
-    return Agreement(float(cosines.mean()), bool(a.isfinite().all()))
+    return Closeness(float(cosines.mean()), bool(a.isfinite().all()))
 
 
 def build_backbone(

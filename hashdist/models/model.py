@@ -26,7 +26,8 @@ from hashdist.ground.errors import Corrupt, InvalidInput, NotFound
 from hashdist.ground.threads import in_order
 from hashdist.methods.contract import deep_method, find_method, method_settings
 from hashdist.methods.parts.threads import torch_threads
-from hashdist.models.backbones import Backbone, build_backbone, spec_settings
+from hashdist.models.backbones import Backbone, build_backbone
+from hashdist.models.networks import spec_settings
 from hashdist.store.commit import Artefact, digest, open_artefact, read_file
 
 HEAD_BATCH = 64

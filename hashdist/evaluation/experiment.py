@@ -34,6 +34,7 @@ from hashdist.methods.contract import (
 from hashdist.methods.parts.communicator import SingleProcess
 from hashdist.methods.parts.graph import build, find_rule, rule_for
 from hashdist.methods.parts.labels import one_hot
+from hashdist.methods.parts.threads import torch_threads
 from hashdist.models.training import Checkpoint, train
 from hashdist.nearest import cosine, shared
 from hashdist.store.commit import Artefact
@@ -285,13 +286,13 @@ class Experiment:
                 width = self.corpus.features.shape[1]
                 head = module.network(chosen, width, length, torch.Generator(), classes=data.classes)
                 head.load_state_dict(checkpoint.state["head"])
-                measured = self.measure(self._encoded(head.eval()))
+                measured = self.measure(self._encode(head.eval()))
                 seconds = sum(epoch["seconds"] for epoch in checkpoint.history)
                 curve.append({"epoch": done, "seconds": seconds, "metrics": measured["metrics"]})
 
         trained = train(find_method(recipe.method), data, wanted, SingleProcess(), save=look, report=lambda _: None)
         ended = time.perf_counter()
-        codes = self._encoded(trained.network)
+        codes = self._encode(trained.network)
         seconds = {
             "graph": about.get("seconds", 0.0),
             "fit": trained.seconds,
@@ -299,15 +300,10 @@ class Experiment:
         }
         return Fitted(codes, seconds, trained.history, trained.rounds, curve)
 
-    def _encoded(self, head: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> Codes:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            with torch.inference_mode():
-                parts = [
-                    bits.pack(head(torch.from_numpy(self.corpus.features[a:b].astype(np.float32)))["z"].numpy())
-                    for a, b in blocks(len(self.corpus.ids), _ENCODE_ROWS)
-                ]
-        finally:
-            torch.set_num_threads(before)
+    def _encode(self, head: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> Codes:
+        with torch_threads(self.threads), torch.inference_mode():
+            parts = [
+                bits.pack(head(torch.from_numpy(self.corpus.features[a:b].astype(np.float32)))["z"].numpy())
+                for a, b in blocks(len(self.corpus.ids), _ENCODE_ROWS)
+            ]
         return np.concatenate(parts)

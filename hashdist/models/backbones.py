@@ -18,8 +18,8 @@ as float32. Pixels are stored as float32: k/255 has no exact float16, they are f
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,18 +32,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.settings import FeatureSettings
+from hashdist.methods.parts.threads import torch_threads
 from hashdist.models.networks import (
     PIXELS,
     Network,
-    network,
     open_network,
     plain_preprocess,
-    spec_settings,
     warn_of_random,
     weights_digest,
 )
-
-__all__ = ["Backbone", "build_backbone", "network", "spec_settings"]
 
 LARGEST_ACTIVATION_BYTES = 31 << 20
 """Below glibc's largest threshold for mmap (32 MiB), with room for alignment."""
@@ -86,7 +83,7 @@ class Backbone:
         self._network = made
         if not raw:
             self._network = self._fast(made)
-            with _threads(threads), torch.inference_mode():
+            with torch_threads(threads), torch.inference_mode():
                 self._choose(settings.precision)
         self.spec: dict[str, Any] = {
             "backbone": settings.backbone,
@@ -113,7 +110,7 @@ class Backbone:
         A row is the same bits whatever the other rows are. A feature that float16 cannot hold is infinite or NaN.
         """
         features_nD = np.empty((len(images_nSS3), self.width), self.dtype)
-        with torch.inference_mode(), _threads(self._threads), np.errstate(over="ignore"):
+        with torch.inference_mode(), torch_threads(self._threads), np.errstate(over="ignore"):
             for start in range(0, len(images_nSS3), self.batch):
                 part = images_nSS3[start : start + self.batch]
                 found = self._run(self._network, self._padded(part), self.precision)
@@ -148,7 +145,7 @@ class Backbone:
         count = min(_CHECK_IMAGES, self.batch)
         images = self._padded(check_images(count, self._preprocess.size))
         exact_nD = self._run(self._network, images, "float32")[:count]
-        stored = agreement(exact_nD.half(), exact_nD)
+        stored = closeness(exact_nD.half(), exact_nD)
         if stored.good:
             self.dtype = np.dtype(np.float16)
         else:
@@ -165,9 +162,9 @@ class Backbone:
         if self._device.type == "cpu":
             half.body.half()
         try:
-            found = agreement(self._run(half, images, "float16")[: len(exact_nD)], exact_nD)
+            found = closeness(self._run(half, images, "float16")[: len(exact_nD)], exact_nD)
         except RuntimeError as error:
-            found = Agreement(0.0, False, f"it cannot run: {error}")
+            found = Closeness(0.0, False, f"it cannot run: {error}")
         if found.good:
             self.notes.append(f"float16: {found} on {len(exact_nD)} made-up pictures")
             self._network, self.precision = half, "float16"
@@ -180,7 +177,7 @@ class Backbone:
             self.notes.append(f"float32: float16 does not agree ({found})")
 
 
-class Agreement(NamedTuple):
+class Closeness(NamedTuple):
     """How close features are to the exact ones: their mean cosine, and whether all are finite."""
 
     cosine: float
@@ -196,13 +193,13 @@ class Agreement(NamedTuple):
         return self.remark or f"mean cosine {self.cosine:.6f}{'' if self.finite else ', not all values finite'}"
 
 
-def agreement(found_nD: Tensor, exact_nD: Tensor) -> Agreement:
+def closeness(found_nD: Tensor, exact_nD: Tensor) -> Closeness:
     """Compare features; in float64, so that nothing is lost on the way."""
     a, b = found_nD.double(), exact_nD.double()
     lengths = a.norm(dim=1) * b.norm(dim=1)
     # two zero vectors agree, a zero and another one do not
     cosines = torch.where(lengths > 0, (a * b).sum(1) / lengths, (a == b).all(1).double())
-    return Agreement(float(cosines.mean()), bool(a.isfinite().all()))
+    return Closeness(float(cosines.mean()), bool(a.isfinite().all()))
 
 
 def build_backbone(
@@ -308,17 +305,3 @@ def check_images(count: int, size: int) -> NDArray[np.uint8]:
     """Smooth made-up pictures uint8 [count, size, size, 3], the same everywhere: closer to photographs than noise."""
     coarse = np.random.default_rng(0).integers(0, 256, (count, 6, 6, 3), np.uint8)
     return np.stack([np.asarray(Image.fromarray(c).resize((size, size), Image.Resampling.BILINEAR)) for c in coarse])
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """A fixed number of torch threads: how a sum is split may depend on it."""
-    before = torch.get_num_threads()
-    if before == count:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -5,8 +5,7 @@ code is computed in batches of one fixed shape, padded, so it does not depend on
 (docs/decisions.md, S10).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from io import BytesIO
 from itertools import islice
@@ -26,7 +25,9 @@ from hashdist.ground.bits import BIT_ORDER, check_bits, pack
 from hashdist.ground.errors import Corrupt, InvalidInput, NotFound
 from hashdist.ground.threads import in_order
 from hashdist.methods.contract import deep_method, find_method, method_settings
-from hashdist.models.backbones import Backbone, build_backbone, spec_settings
+from hashdist.methods.parts.threads import torch_threads
+from hashdist.models.backbones import Backbone, build_backbone
+from hashdist.models.networks import spec_settings
 from hashdist.store.commit import Artefact, digest, open_artefact, read_file
 
 HEAD_BATCH = 64
@@ -167,7 +168,7 @@ class Model:
         codes = np.empty((len(features_ND), self.bits // 8), np.uint8)
         # torch's own memory: a product's last bits may depend on how its operands are aligned
         padded = torch.zeros((HEAD_BATCH, self.width))
-        with torch.inference_mode(), _threads(self._threads):
+        with torch.inference_mode(), torch_threads(self._threads):
             for start in range(0, len(features_ND), HEAD_BATCH):
                 rows = features_ND[start : start + HEAD_BATCH]
                 padded.numpy()[: len(rows)] = rows
@@ -318,14 +319,3 @@ def pixels(image: Picture | BadImage) -> NDArray[np.uint8]:
         "an image must be a path, encoded bytes, a PIL image, or uint8 pixels of shape [H, W, 3] or [H, W], found "
         + (f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__)
     )
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """A fixed number of torch threads: sums are split by it, so a code may depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

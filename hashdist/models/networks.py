@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -176,30 +176,20 @@ class _Hooked(nn.Module):
         return found[-1]
 
 
-def network(
-    settings: FeatureSettings, state: bytes | None = None
-) -> tuple[nn.Module, int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]:
-    """The float32 network up to the tap, to train or to run.
+def open_network(settings: FeatureSettings, state: bytes | None = None) -> Network:
+    """The float32 network up to the tap, to train or to run: uint8 [b, S, S, 3] -> float32 [b, width].
 
     Args:
         settings: which one.
         state: weights as `state_bytes` gives them, instead of those that the settings name.
 
     Returns:
-        The module, uint8 [b, S, S, 3] -> float32 [b, D], in evaluation mode; D; and `prepare`, which brings an
-        image uint8 [H, W, 3] to uint8 [S, S, 3].
+        A module in evaluation mode with `width`, `tap` (resolved) and `preprocess`, which brings an image uint8
+        [H, W, 3] to uint8 [S, S, 3].
 
     Raises:
         InvalidInput: an unknown backbone or tap, or weights that do not fit it. NotFound, Unavailable: the weights.
     """
-    if state is None:
-        warn_of_random(settings)
-    made = open_network(settings, state)
-    return made, made.width, made.preprocess
-
-
-def open_network(settings: FeatureSettings, state: bytes | None = None) -> Network:
-    """As `network`, as one object with `width`, `tap` (resolved) and `preprocess`."""
     preprocess = resolve_preprocess(settings)
     if settings.backbone == PIXELS:
         return _measured(_pixels(settings, preprocess), settings)

@@ -15,7 +15,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
@@ -43,6 +42,7 @@ from hashdist.methods.contract import (
 )
 from hashdist.methods.parts.communicator import Communicator
 from hashdist.methods.parts.pairs import FlatGradients
+from hashdist.methods.parts.threads import torch_threads
 from hashdist.models.dropout import Counter, use_counter
 
 FORMAT = 1
@@ -129,7 +129,7 @@ def train(
             the data, inputs of the mode are missing, or `resume` belongs to another run.
     """
     module = deep_method(method)
-    with _threads(settings.threads):
+    with torch_threads(settings.threads):
         run = _Run(module, data, settings, comm, torch.device(device), backbone, dtype)
         if resume is not None:
             run.restore(resume)
@@ -544,14 +544,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_copied(item) for item in value)
     return value
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """A fixed number of torch threads: sums are split by it, so it is part of what makes bits repeat."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

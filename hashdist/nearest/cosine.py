@@ -1,4 +1,4 @@
-"""Exact cosine neighbours, and DSAH's shared-neighbour graph W0 made from them (docs/decisions.md, D4 and S18).
+"""Exact cosine neighbours (docs/decisions.md, S18).
 
 **The similarity.** For rows x, y of float16 or float32, with d = x.y, a = x.x, b = y.y taken in float64 over 32
 interleaved lanes that are then added in halves (lane l sums the elements l, l + 32, ...; 16 + 16, 8 + 8, ...),
@@ -31,7 +31,6 @@ the product's own price.
 thread. Never rows x rows.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +47,7 @@ from threadpoolctl import threadpool_limits
 
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ranges import blocks
+from hashdist.ground.threads import cores
 from hashdist.nearest.kernel import kernel
 
 _BLOCK = 512  # rows and columns of one product
@@ -94,7 +94,7 @@ def self_nearest(
     Raises:
         InvalidInput: another dtype or shape, values that are not finite, k out of range.
     """
-    base = _Base.of(features_ND, threads or _cores())
+    base = _Base.of(features_ND, threads or cores())
     start, stop = rows or (0, len(features_ND))
     if not 1 <= k < len(features_ND):
         raise InvalidInput(
@@ -103,7 +103,7 @@ def self_nearest(
         )
     if not 0 <= start <= stop <= len(features_ND):
         raise InvalidInput(f"rows must lie within [0, {len(features_ND)}), found [{start}, {stop})")
-    search = _Search(base, _part(base, start, stop), stop - start, k, threads or _cores(), block)
+    search = _Search(base, _part(base, start, stop), stop - start, k, threads or cores(), block)
     return search.self_join(start)
 
 
@@ -129,12 +129,12 @@ def nearest(
         )
     if not 1 <= k <= len(base_ND):
         raise InvalidInput(f"1 <= k <= n is required, found k = {k} and n = {len(base_ND)}; use a smaller k")
-    cores = threads or _cores()
-    base = _Base.of(base_ND, cores)
+    workers = threads or cores()
+    base = _Base.of(base_ND, workers)
     found = np.empty((len(queries_QD), k), np.int32)
     for start, stop in blocks(len(queries_QD), _QUERIES):
-        part = _Base.of(queries_QD[start:stop], cores)
-        found[start:stop] = _Search(base, part, stop - start, k, cores, block).against_base().rows_MK
+        part = _Base.of(queries_QD[start:stop], workers)
+        found[start:stop] = _Search(base, part, stop - start, k, workers, block).against_base().rows_MK
     return found
 
 
@@ -204,10 +204,6 @@ def read_only(array: NDArray[Any]) -> NDArray[Any]:
 
 def _part(base: _Base, start: int, stop: int) -> _Base:
     return _Base(base.bits[start:stop], base.squares[start:stop], base.first[start:stop])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

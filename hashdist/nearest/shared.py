@@ -1,4 +1,5 @@
-"""The shared-neighbour graph: overlaps of neighbour lists, and the similarities W0 that methods start from."""
+"""The shared-neighbour graph: overlaps of neighbour lists, and the similarities W0 that methods start from
+(docs/decisions.md, D4)."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
@@ -8,7 +9,8 @@ from numpy.typing import NDArray
 
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ranges import blocks
-from hashdist.nearest.cosine import _cores, read_only, sort_pairs
+from hashdist.ground.threads import cores
+from hashdist.nearest.cosine import read_only, sort_pairs
 from hashdist.nearest.kernel import kernel
 
 _LONGEST_LIST = 65_000  # overlaps are counted in 16 bits
@@ -86,7 +88,7 @@ def shared_neighbour_ranking(
         lo, hi = part
         _rank_overlap(start + lo, neighbours_NK, *inverted, found.rows_MK[lo:hi], found.counts_MK[lo:hi])
 
-    with ThreadPoolExecutor(threads or _cores()) as pool:
+    with ThreadPoolExecutor(threads or cores()) as pool:
         list(pool.map(rank, blocks(stop - start, 512)))
     return found
 

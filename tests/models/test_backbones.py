@@ -31,7 +31,6 @@ from hashdist.models.backbones import (
     largest_activation,
 )
 from hashdist.models.networks import (
-    network,
     open_network,
     read_weights,
     resolve_preprocess,
@@ -445,11 +444,11 @@ class TestBuiltAgain:
 
     def test_from_a_trained_network(self, weights: Path) -> None:
         settings = replace(SMALL, weights=str(weights), precision="float32")
-        trained, width, prepare = network(settings)
-        assert width == 1280
+        trained = open_network(settings)
+        assert trained.width == 1280
         trained.train()
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
-        images = torch.from_numpy(np.stack([prepare(image) for image in check_images(4, 40)]))
+        images = torch.from_numpy(np.stack([trained.preprocess(image) for image in check_images(4, 40)]))
         loss = trained(images).square().mean()
         loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.parameters() if p.ndim == 4)
@@ -463,7 +462,7 @@ class TestBuiltAgain:
         assert loaded.weights_digest != build_backbone(settings).weights_digest
 
     def test_dropout_is_on_in_training_and_off_in_evaluation(self) -> None:
-        net, _, _ = network(replace(SMALL, backbone="alexnet", preprocess=PreprocessSettings(size=64)))
+        net = open_network(replace(SMALL, backbone="alexnet", preprocess=PreprocessSettings(size=64)))
         images = torch.from_numpy(check_images(2, 64))
         with torch.inference_mode():
             assert torch.equal(net(images), net(images))
@@ -471,7 +470,7 @@ class TestBuiltAgain:
             assert not torch.equal(net(images), net(images))
 
     def test_float64_for_comparisons_of_gradients(self) -> None:
-        net, _, _ = network(SMALL)
+        net = open_network(SMALL)
         assert net.double()(torch.from_numpy(check_images(1, 32))).dtype == torch.float64
 
 

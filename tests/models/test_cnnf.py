@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.settings import FeatureSettings
 from hashdist.models.cnnf import CnnF
-from hashdist.models.networks import known_taps, network, open_network, weights_identity
+from hashdist.models.networks import known_taps, open_network, weights_identity
 
 RANDOM = FeatureSettings(backbone="cnnf", weights="random", precision="float32")
 
@@ -65,9 +65,9 @@ def pixels(count: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("tap", "width"), [("", 4096), ("relu7", 4096), ("relu6", 4096), ("pool", 9216)])
 def test_taps_and_input(tap: str, width: int) -> None:
-    opened, found, prepare = network(replace(RANDOM, tap=tap))
-    assert found == width
-    assert prepare(np.zeros((60, 90, 3), np.uint8)).shape == (224, 224, 3)
+    opened = open_network(replace(RANDOM, tap=tap))
+    assert opened.width == width
+    assert opened.preprocess(np.zeros((60, 90, 3), np.uint8)).shape == (224, 224, 3)
     images = pixels(2)
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None] * 255
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() - mean

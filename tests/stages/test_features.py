@@ -19,7 +19,8 @@ from hashdist.ground.errors import InvalidInput, NotFound
 from hashdist.ground.ids import image_ids
 from hashdist.ground.schema import from_vectors
 from hashdist.ground.settings import CollectionSettings, FeatureSettings, PreprocessSettings, Settings
-from hashdist.models.backbones import build_backbone, spec_settings
+from hashdist.models.backbones import build_backbone
+from hashdist.models.networks import spec_settings
 from hashdist.stages import collection, features
 from hashdist.store.commit import Artefact, read_file
 from hashdist.store.vectors import read_vectors

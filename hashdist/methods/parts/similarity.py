@@ -30,6 +30,7 @@ from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ranges import blocks
 from hashdist.methods.parts.communicator import Communicator
 from hashdist.methods.parts.pairs import NORM_FLOOR
+from hashdist.methods.parts.threads import torch_threads
 from hashdist.nearest.kernel import kernel
 
 GRID = 2048
@@ -223,7 +224,7 @@ class ImplicitW:
             with _exact_products():
                 yield from (self._stripe_on_device(q_nL, start, stop) for start, stop in stripes)
             return
-        with _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
+        with torch_threads(1), _exact_products(), ThreadPoolExecutor(threads) as pool:
             scan = _CpuScan(self._indptr, self._indices, q_nL, self._past)
             yield from pool.map(lambda stripe: scan.stripe(*stripe), stripes)
 
@@ -366,18 +367,6 @@ def _exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Products in the calling thread only, since this module brings its own threads; exact float32 meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with _exact_products():
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @kernel

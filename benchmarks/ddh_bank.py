@@ -9,11 +9,11 @@ the medians.
 
 import argparse
 import json
-import statistics
-import time
+from functools import partial
 
 import numpy as np
 import torch
+from timing import medians, options, seconds_in_turn
 
 from hashdist.ground.permutation import epoch_batches
 from hashdist.ground.ranges import blocks
@@ -25,26 +25,15 @@ LIMIT = 1.2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, runs=25, batch=128, width=128, bits=64, positives=100, threads=1)
     parser.add_argument("--sizes", type=int, nargs=2, default=[100_000, 1_000_000])
     parser.add_argument("--steps", type=int, default=50, help="of one timed stretch")
-    parser.add_argument("--runs", type=int, default=25)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--bits", type=int, default=64)
-    parser.add_argument("--positives", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     loops = {n: Steps(random_data(n, chosen.width, chosen.positives), chosen) for n in chosen.sizes}
-    runs: dict[int, list[float]] = {n: [] for n in chosen.sizes}
-    for run in range(chosen.runs + 1):
-        for n, loop in loops.items():
-            started = time.perf_counter()
-            loop.go(chosen.steps)
-            if run:
-                runs[n].append((time.perf_counter() - started) / chosen.steps * 1e3)
-    small, large = (statistics.median(runs[n]) for n in chosen.sizes)
+    seconds = seconds_in_turn(chosen.runs, {n: partial(loop.go, chosen.steps) for n, loop in loops.items()})
+    runs = {n: [value / chosen.steps * 1e3 for value in values] for n, values in seconds.items()}
+    small, large = medians(runs).values()
     figures = {"small_ms": round(small, 3), "large_ms": round(large, 3), "ratio": round(large / small, 3)}
     listed = {str(n): [round(v, 3) for v in values] for n, values in runs.items()}
     print(json.dumps({"benchmark": "ddh_bank", **vars(chosen), **figures, "limit": LIMIT, "runs_ms": listed}))

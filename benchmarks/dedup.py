@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from timing import options
 
 from hashdist.ground.ids import image_ids
 from hashdist.index import create_index, open_index
@@ -34,7 +35,7 @@ _ROWS_AT_ONCE = 1000
 
 
 def main() -> None:
-    arguments = _arguments()
+    arguments = options(__doc__, rows=1_000_000, checked=20_000, radius=3).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         line = {"benchmark": "dedup", **vars(arguments), "equal_to_all_pairs": _checked(Path(folder), arguments)}
         uri = f"{folder}/index"
@@ -137,14 +138,6 @@ def _of_one(pid: int) -> tuple[int, int]:
         fields = dict(line.split()[:2] for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
         return int(fields["Pss:"]) << 10, int(fields["Rss:"]) << 10
     return 0, 0
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--checked", type=int, default=20_000)
-    parser.add_argument("--radius", type=int, default=3)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ The settings are those of `hashdist quickstart`; a seed is the training's and th
 protocol `digits` with that seed. Prints one JSON line.
 """
 
-import argparse
 import json
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
+from timing import options
 
 from hashdist.commands.quickstart import OPTIONS
 from hashdist.evaluation.protocols import split
@@ -31,8 +31,7 @@ BITS = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = options(__doc__, seeds=3)
     parser.add_argument("--options", type=json.loads, default=OPTIONS, help="options of DSAH, as JSON")
     asked = parser.parse_args()
     digits = load_digits()

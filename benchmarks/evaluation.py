@@ -18,7 +18,6 @@ Ours is checked against numpy's own counts on a sample. Prints one JSON line.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +26,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
+from timing import Work, in_turn, options, quotients, timed
 
 from hashdist.evaluation import ranking
 from hashdist.nearest import scan
@@ -51,13 +51,13 @@ def main() -> None:
 
     _check(codes_NW, queries_QW, labels_NM, wanted_QM)  # compiles
     index.search(queries_QW[:8], _K)
-    ours: list[float] = []
-    peer: list[float] = []
-    value = 0.0
-    for _ in range(arguments.repeats):
-        seconds, value = timed(evaluate)
-        ours.append(seconds)
-        peer.append(timed(lambda: index.search(queries_QW, _K))[0])
+    works: dict[str, Work] = {
+        "ours": lambda: timed(evaluate),
+        "faiss": lambda: timed(lambda: index.search(queries_QW, _K)),
+    }
+    found = in_turn(arguments.repeats, works, warm=False)
+    ours, peer = ([seconds for seconds, _ in runs] for runs in found.values())
+    value = found["ours"][-1][1]
     part = (codes_NW[: arguments.sort_rows], labels_NM[: arguments.sort_rows])
     asked = (queries_QW[: arguments.sort_queries], wanted_QM[: arguments.sort_queries])
     scale = arguments.rows * arguments.queries / (len(part[0]) * len(asked[0]))
@@ -73,7 +73,7 @@ def main() -> None:
         "map_all_ties": value,
         "seconds": round(statistics.median(ours), 3),
         "faiss_top100_seconds": round(statistics.median(peer), 3),
-        "ratio_to_faiss": round(statistics.median(a / b for a, b in zip(ours, peer, strict=True)), 3),
+        "ratio_to_faiss": round(statistics.median(quotients(ours, peer)), 3),
         "all_seconds": [round(s, 3) for s in ours],
         "all_faiss_seconds": [round(s, 3) for s in peer],
         "sorting_measured_on": [len(asked[0]), len(part[0])],
@@ -86,16 +86,9 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--bits", type=int, default=64)
-    parser.add_argument("--classes", type=int, default=100)
+    sizes = {"rows": 10_000_000, "queries": 1000, "bits": 64, "classes": 100}
+    parser = options(__doc__, **sizes, sort_rows=1_000_000, sort_queries=10, threads=2, repeats=3)
     parser.add_argument("--labels", type=int, default=1, help="labels of a row, drawn with replacement")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sort-rows", type=int, default=1_000_000)
-    parser.add_argument("--sort-queries", type=int, default=10)
     return parser.parse_args()
 
 
@@ -106,13 +99,6 @@ def _labels(rng: np.random.Generator, rows: int, arguments: argparse.Namespace) 
         drawn = rng.integers(0, arguments.classes, rows)
         masks[np.arange(rows), drawn >> 6] |= np.uint64(1) << (drawn & 63).astype(np.uint64)
     return masks
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall seconds of a call, and its result."""
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
 
 
 def _check(

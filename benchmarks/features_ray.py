@@ -16,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from timing import in_turn, options
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PART_ROWS = 2048
@@ -86,26 +88,21 @@ def measure(what: str, images: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=30_000)
-    parser.add_argument("--runs", type=int, default=3)
+    parser = options(__doc__, images=30_000, runs=3)
     parser.add_argument("--only", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.only:
-        what, folder = options.only
+    chosen = parser.parse_args()
+    if chosen.only:
+        what, folder = chosen.only
         print(json.dumps({"bare": bare, "ray": stage}[what](folder)))
         return
-    runs: dict[str, list[dict[str, float]]] = {"bare": [], "ray": []}
-    for _ in range(options.runs):
-        for what, found in runs.items():
-            found.append(measure(what, options.images))
+    runs = in_turn(chosen.runs, {what: partial(measure, what, chosen.images) for what in ("bare", "ray")}, warm=False)
     median = {
         what: {name: round(statistics.median(run[name] for run in found), 1) for name in found[0]}
         for what, found in runs.items()
     }
     ratio = median["ray"]["images_per_s"] / median["bare"]["images_per_s"]
     spread = {what: [round(run["images_per_s"]) for run in found] for what, found in runs.items()}
-    result = {"benchmark": "features_ray", "images": options.images, "ratio": round(ratio, 3), **median}
+    result = {"benchmark": "features_ray", "images": chosen.images, "ratio": round(ratio, 3), **median}
     print(json.dumps({**result, "images_per_s_of_runs": spread}))
 
 

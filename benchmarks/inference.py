@@ -7,10 +7,7 @@ Whole stage: JPEG bytes of ../shared/data to features, decoding and resizing inc
 Prints one JSON line. Weights: ../shared/data/weights (its README says where they come from).
 """
 
-import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from timing import Work, medians, options, seconds_in_turn
 
 from hashdist.collection.decode import decode
 from hashdist.ground.settings import FeatureSettings, PreprocessSettings
@@ -45,16 +43,9 @@ def plain(batch: int) -> Forward:
     return forward
 
 
-def alternate(work: dict[str, Callable[[], object]], images: int, runs: int) -> dict[str, float]:
+def alternate(work: dict[str, Work], images: int, runs: int) -> dict[str, float]:
     """Images per second of each, as medians of runs in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for run in range(runs + 1):
-        for name, call in work.items():
-            started = time.perf_counter()
-            call()
-            if run:  # the first one warms up
-                seconds[name].append(time.perf_counter() - started)
-    return {name: images / statistics.median(taken) for name, taken in seconds.items()}
+    return {name: images / seconds for name, seconds in medians(seconds_in_turn(runs, work)).items()}
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -63,17 +54,13 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows = pq.read_table(DATA / "cifar10_jpg_test.parquet").slice(0, options.images)
+    chosen = options(__doc__, images=512, runs=7, threads=2).parse_args()
+    torch.set_num_threads(chosen.threads)
+    rows = pq.read_table(DATA / "cifar10_jpg_test.parquet").slice(0, chosen.images)
     encoded = rows["image"].to_pylist()
-    backbones: dict[str, Backbone] = {"float32": backbone(options.threads, "float32")}
+    backbones: dict[str, Backbone] = {"float32": backbone(chosen.threads, "float32")}
     if has_float16():
-        backbones["float16"] = backbone(options.threads, "float16")
+        backbones["float16"] = backbone(chosen.threads, "float16")
     first = backbones["float32"]
     images = np.stack([first.prepare(decode(data)) for data in encoded])
     forwards: dict[str, Forward] = {
@@ -81,11 +68,11 @@ def main() -> None:
         f"plain_batch_{first.batch}": plain(first.batch),
         **{name: made.forward for name, made in backbones.items()},
     }
-    alone = alternate({n: lambda f=f: f(images) for n, f in forwards.items()}, len(images), options.runs)
+    alone = alternate({n: lambda f=f: f(images) for n, f in forwards.items()}, len(images), chosen.runs)
     stage = alternate(
         {n: lambda f=f: f(np.stack([first.prepare(decode(d)) for d in encoded])) for n, f in forwards.items()},
         len(images),
-        max(3, options.runs // 2),
+        max(3, chosen.runs // 2),
     )
     baseline = f"plain_batch_{SETTINGS.batch}"
     exact = forwards[baseline](images)
@@ -93,7 +80,7 @@ def main() -> None:
         "benchmark": "inference",
         "network": "mobilenet_v2 at 96 px",
         "images": len(images),
-        "threads": options.threads,
+        "threads": chosen.threads,
         "float16_in_hardware": has_float16(),
         "network_alone_images_per_s": rounded(alone),
         "network_alone_ratio": {n: round(alone[n] / alone[baseline], 2) for n in forwards},
@@ -102,7 +89,7 @@ def main() -> None:
         "mean_cosine": {n: round(cosine(exact, made.forward(images)), 7) for n, made in backbones.items()},
     }
     if not has_float16():
-        emulated = backbone(options.threads, "float16").forward(images[:128])
+        emulated = backbone(chosen.threads, "float16").forward(images[:128])
         result["mean_cosine"]["float16_emulated"] = round(cosine(exact[:128], emulated), 7)
     print(json.dumps(result))
 

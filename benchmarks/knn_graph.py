@@ -10,13 +10,12 @@ count. Equality is that of a float64 search over a sample of rows. W0 is timed o
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+from timing import Work, in_turn, options, quotients, timed
 
 from hashdist.nearest.cosine import Lists, score_error, self_nearest
 from hashdist.nearest.shared import initial_similarity, inverted_lists, symmetric
@@ -32,15 +31,14 @@ def main() -> None:
     unit_ND /= np.maximum(np.linalg.norm(unit_ND, axis=1, keepdims=True), 1e-30)
     faiss.omp_set_num_threads(arguments.threads)
     self_nearest(features_ND[: 2 * arguments.k], arguments.k, threads=arguments.threads)  # compiles
-    ours: list[float] = []
-    peer: list[float] = []
-    for _ in range(arguments.repeats):
-        seconds, lists = timed(lambda: self_nearest(features_ND, arguments.k, threads=arguments.threads))
-        ours.append(seconds)
-        seconds, (_, peers) = timed(
-            lambda: faiss.knn(unit_ND, unit_ND, arguments.k + 1, metric=faiss.METRIC_INNER_PRODUCT)
-        )
-        peer.append(seconds)
+    k, metric = arguments.k, faiss.METRIC_INNER_PRODUCT
+    works: dict[str, Work] = {
+        "ours": lambda: timed(lambda: self_nearest(features_ND, k, threads=arguments.threads)),
+        "faiss": lambda: timed(lambda: faiss.knn(unit_ND, unit_ND, k + 1, metric=metric)),
+    }
+    found = in_turn(arguments.repeats, works, warm=False)
+    ours, peer = ([seconds for seconds, _ in runs] for runs in found.values())
+    lists, (_, peers) = found["ours"][-1][1], found["faiss"][-1][1]
     line = {
         "benchmark": "knn_graph",
         "n": n,
@@ -51,7 +49,7 @@ def main() -> None:
         "data": arguments.data,
         "seconds": round(statistics.median(ours), 3),
         "faiss_seconds": round(statistics.median(peer), 3),
-        "ratio": round(statistics.median(b / a for a, b in zip(ours, peer, strict=True)), 3),
+        "ratio": round(statistics.median(quotients(peer, ours)), 3),
         "gflops": round(2e-9 * n * n * width / statistics.median(ours)),
         "faiss_gflops": round(2e-9 * n * n * width / statistics.median(peer)),
         "rescored_share": round(lists.rescored / (n * arguments.k), 4),
@@ -63,12 +61,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=20_000)
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--k", type=int, default=500)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = options(__doc__, n=20_000, width=1280, k=500, threads=2, repeats=5)
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32")
     parser.add_argument("--data", default="pooled", help="pooled, gaussian, or a .npy file")
     return parser.parse_args()
@@ -85,13 +78,6 @@ def _features(arguments: argparse.Namespace) -> NDArray[Any]:
     latent = rng.standard_normal((10, 64))[rng.integers(0, 10, arguments.n)] + rng.standard_normal((arguments.n, 64))
     features_ND = np.abs(latent @ rng.standard_normal((64, arguments.width)) / 8 + 0.5 * noise_ND)
     return np.minimum(features_ND, 6).astype(arguments.dtype)
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall seconds of a call, and its result."""
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
 
 
 def _agreement(features_ND: NDArray[Any], lists: Lists, peers_NK: NDArray[np.int64]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ medians. One JSON line a method.
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from timing import in_turn, medians, options
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,17 +34,8 @@ Step = Callable[[Tensor], Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(BATCH))
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--images", type=int, default=12_000)
-    parser.add_argument("--neighbours", type=int, default=100)
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--bits", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    chosen = parser.parse_args()
+    sizes = {"width": 4096, "images": 12_000, "neighbours": 100, "classes": 10, "bits": 64}
+    chosen = options(__doc__, methods=list(BATCH), **sizes, steps=200, runs=5, threads=1).parse_args()
     torch.set_num_threads(chosen.threads)
     for name in chosen.methods:
         print(json.dumps(compared(name, chosen)), flush=True)
@@ -59,21 +50,17 @@ def compared(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
         "hashdist": lambda: hashdist_seconds(name, data, chosen),
         "plain": lambda: plain_seconds(name, data, chosen, steps),
     }
-    runs: dict[str, list[float]] = {loop: [] for loop in loops}
-    for run in range(chosen.runs + 1):
-        for loop, seconds in loops.items():
-            found = seconds() / steps * 1e3
-            if run:
-                runs[loop].append(found)
-    medians = {loop: statistics.median(values) for loop, values in runs.items()}
+    found = in_turn(chosen.runs, loops)
+    runs = {loop: [seconds / steps * 1e3 for seconds in values] for loop, values in found.items()}
+    middle = medians(runs)
     return {
         "benchmark": "method_step",
         "method": name,
         "batch": batch,
         "images": data.n,
         **{k: v for k, v in vars(chosen).items() if k not in ("methods", "images", "steps")},
-        **{f"{loop}_ms": round(value, 3) for loop, value in medians.items()},
-        "ratio": round(medians["hashdist"] / medians["plain"], 3),
+        **{f"{loop}_ms": round(value, 3) for loop, value in middle.items()},
+        "ratio": round(middle["hashdist"] / middle["plain"], 3),
         "limit": LIMIT,
         "runs_ms": {loop: [round(v, 3) for v in values] for loop, values in runs.items()},
     }

@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from botocore.config import Config
+from timing import options, spread, timed
 
 from hashdist.index import create_index, open_index
 from hashdist.index.shards.shard import Rows, parts, write_shard
@@ -79,9 +80,10 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
-    arguments = _arguments()
+    sizes = {"rows": 10_000_000, "keys_rows": 10_000_000, "searcher_rows": 40_000_000}
+    arguments = options(__doc__, **sizes, repeats=7).parse_args()
     line: dict[str, Any] = {"benchmark": "open_index", **vars(arguments)}
-    with tempfile.TemporaryDirectory() as folder, _s3() as server:
+    with tempfile.TemporaryDirectory() as folder, s3() as server:
         line["many_shards"] = _many(f"{folder}/many")
         if arguments.rows:
             line["cold"] = _cold(Path(folder), server, arguments)
@@ -97,7 +99,7 @@ def main() -> None:
 
 def _cold(folder: Path, server: int, arguments: argparse.Namespace) -> dict[str, Any]:
     uri = "s3://hashdist/cold"
-    _build(uri, arguments.rows, _SHARDS)
+    build(uri, arguments.rows, _SHARDS)
     query = np.random.default_rng(1).integers(0, 256, (1, 8), dtype=np.uint8)
     entries = [parts(shard)[part] for shard in open_index(uri).manifest["shards"] for part in ("codes", "ids")]
     ours: list[float] = []
@@ -106,23 +108,20 @@ def _cold(folder: Path, server: int, arguments: argparse.Namespace) -> dict[str,
     for repeat in range(arguments.repeats + 1):
         os.environ["HASHDIST_CACHE"] = str(folder / f"cache{repeat}")
         before = _cpu(server), time.process_time()
-        started = time.perf_counter()
-        hits = open_index(uri).search(query, 10)
-        seconds = time.perf_counter() - started
+        seconds, hits = timed(lambda: open_index(uri).search(query, 10))
         used = _cpu(server) - before[0], time.process_time() - before[1]
         assert hits.ids.shape == (1, 10)
         shutil.rmtree(os.environ["HASHDIST_CACHE"])
-        started = time.perf_counter()
-        size = _downloaded("cold", entries)
+        apart, size = timed(lambda: downloaded("cold", entries))
         if repeat:  # the first of each makes connections and compiles
             ours.append(seconds)
-            plain.append(time.perf_counter() - started)
+            plain.append(apart)
             cpu.append(used)
     median, alone = statistics.median(ours), statistics.median(plain)
     return {
         "mb": round(size / 1e6, 1),
-        "seconds": _spread(ours),
-        "bytes_alone_seconds": _spread(plain),
+        "seconds": spread(ours),
+        "bytes_alone_seconds": spread(plain),
         "allowed_seconds": round(1.5 * alone + 0.3, 3),
         "ratio": round(median / alone, 2),
         "server_cpu_seconds": round(statistics.median(server for server, _ in cpu), 2),
@@ -130,7 +129,7 @@ def _cold(folder: Path, server: int, arguments: argparse.Namespace) -> dict[str,
     }
 
 
-def _downloaded(prefix: str, entries: list[dict[str, Any]]) -> int:
+def downloaded(prefix: str, entries: list[dict[str, Any]]) -> int:
     """Bytes that plain ranged GETs brought."""
     client = boto3.client("s3", config=Config(max_pool_connections=32))
     ranges = [(e["path"], a, min(a + _PART, e["bytes"]) - 1) for e in entries for a in range(0, e["bytes"], _PART)]
@@ -149,19 +148,16 @@ def _downloaded(prefix: str, entries: list[dict[str, Any]]) -> int:
 
 def _keys(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     uri = "s3://hashdist/keys"
-    _build(uri, arguments.keys_rows, _SEARCHED_SHARDS)
+    build(uri, arguments.keys_rows, _SEARCHED_SHARDS)
     codes = np.random.default_rng(2).integers(0, 256, (1, 8), dtype=np.uint8)
     entries = [parts(shard)["keys"] for shard in open_index(uri).manifest["shards"]]
     os.environ["HASHDIST_CACHE"] = str(folder / "cache-keys")
     index = open_index(uri)
     hits = index.search(codes, 100)
     with _counted() as counts:
-        started = time.perf_counter()
-        keys = hits.keys()
-        cold = time.perf_counter() - started
-    started = time.perf_counter()
-    assert hits.keys() == keys
-    warm = time.perf_counter() - started
+        cold, keys = timed(hits.keys)
+    warm, again = timed(hits.keys)
+    assert again == keys
     assert len(set(keys[0])) == 100
     return {
         "rows": index.rows,
@@ -194,7 +190,7 @@ def _counted() -> Iterator[dict[str, int]]:
 
 
 def _searcher(uri: str, rows: int) -> dict[str, Any]:
-    _build(uri, rows, _SHARDS)
+    build(uri, rows, _SHARDS)
     done = subprocess.run([sys.executable, "-c", _MEMORY, uri], capture_output=True, text=True, check=True)
     shutil.rmtree(uri)
     measured: dict[str, Any] = json.loads(done.stdout)
@@ -216,25 +212,23 @@ def _many(uri: str) -> dict[str, Any]:
     for _ in range(_MANY_SHARDS):
         made = {part: [rng.integers(10**8, 10**9), rng.bytes(32).hex()[:43]] for part in one["parts"]}
         shards.append({**one, "rows": big, "path": names.new("shards", ""), "parts": made})
-    started = time.perf_counter()
-    version = log.commit({**head.manifest, "shards": shards, "rows": big * _MANY_SHARDS}, head.number)
-    committed = time.perf_counter() - started
+    record = {**head.manifest, "shards": shards, "rows": big * _MANY_SHARDS}
+    committed, version = timed(lambda: log.commit(record, head.number))
     size = next(entry.size for entry in log.store.list("manifests/") if entry.name.endswith(f"{version.number}.json"))
-    started = time.perf_counter()
-    opened = open_index(uri)
+    seconds, opened = timed(lambda: open_index(uri))
     assert len(opened.view.shards) == _MANY_SHARDS
     return {
         "manifest_mb": round(size / 1e6, 2),
         "parts": len(one["parts"]),
         "commit_seconds": round(committed, 3),
-        "open_seconds": round(time.perf_counter() - started, 3),
+        "open_seconds": round(seconds, 3),
     }
 
 
 # What all of it needs
 
 
-def _build(uri: str, rows: int, shards: int, model_uri: str = "m") -> None:
+def build(uri: str, rows: int, shards: int, model_uri: str = "m") -> None:
     rng = np.random.default_rng(0)
     index = create_index(uri, bits=64)
     names, entries = index.versions.new_attempt(), []
@@ -248,7 +242,7 @@ def _build(uri: str, rows: int, shards: int, model_uri: str = "m") -> None:
 
 
 @contextmanager
-def _s3() -> Iterator[int]:
+def s3() -> Iterator[int]:
     server = subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     os.environ |= {
@@ -269,20 +263,6 @@ def _s3() -> Iterator[int]:
 def _cpu(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
-def _spread(seconds: list[float]) -> list[float]:
-    """Median, least, most."""
-    return [round(value, 3) for value in (statistics.median(seconds), min(seconds), max(seconds))]
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--keys-rows", type=int, default=10_000_000)
-    parser.add_argument("--searcher-rows", type=int, default=40_000_000)
-    parser.add_argument("--repeats", type=int, default=7)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

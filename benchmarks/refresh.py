@@ -10,16 +10,15 @@ rows of --neighbours entries). Exactness is shown at a small n against a dense W
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timing import medians, memory_bytes, options, timed
 from torch import Tensor
 
 from hashdist.ground.ranges import blocks
@@ -30,12 +29,7 @@ _ROWS, _COLUMNS, _ROUNDS = 512, 1024, 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[25_000, 50_000, 100_000])
-    parser.add_argument("--bits", type=int, default=64)
-    parser.add_argument("--neighbours", type=int, default=500)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=1)
+    parser = options(__doc__, sizes=[25_000, 50_000, 100_000], bits=64, neighbours=500, threads=2, runs=1)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
@@ -57,28 +51,27 @@ def run_apart(n: int) -> dict[str, float]:
 
 def measure(n: int, chosen: argparse.Namespace) -> dict[str, float]:
     """Median seconds of the third round's refresh and of its bare products, alternating, and peak memory in MB."""
-    before = memory_mb("VmRSS")
+    before = memory_bytes("VmRSS")
     w = ImplicitW(*random_graph(n, chosen.neighbours))
     rounds = [quantize(clustered(n, chosen.bits, seed)) for seed in range(_ROUNDS)]
     for q in rounds[:-1]:
         w.refresh(q, 1.0, SingleProcess(), chosen.threads)
     past = w.state_dict()
     seconds: dict[str, list[float]] = {"refresh": [], "products": []}
-    peak = 0.0
+    peak = 0
     for run in range(chosen.runs):
         w.load_state_dict(past)
-        started = time.perf_counter()
-        found = w.refresh(rounds[-1], 1.0, SingleProcess(), chosen.threads)
-        seconds["refresh"].append(time.perf_counter() - started)
+        taken, found = timed(lambda: w.refresh(rounds[-1], 1.0, SingleProcess(), chosen.threads))
+        seconds["refresh"].append(taken)
         if run == 0:
-            peak = memory_mb("VmHWM")
+            peak = memory_bytes("VmHWM")
         seconds["products"].append(bare_products(rounds, chosen.threads))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    middle = medians(seconds)
     return {
-        "refresh_s": round(medians["refresh"], 3),
-        "products_s": round(medians["products"], 3),
-        "ratio": round(medians["refresh"] / medians["products"], 3),
-        "memory_mb": round(peak - before, 1),
+        "refresh_s": round(middle["refresh"], 3),
+        "products_s": round(middle["products"], 3),
+        "ratio": round(middle["refresh"] / middle["products"], 3),
+        "memory_mb": round((peak - before) / 1e6, 1),
         "positive_share": round(found.pairs / n / (n - 1), 4),
     }
 
@@ -141,12 +134,6 @@ def exact(n: int = 2000, bits: int = 64) -> bool:
         np.fill_diagonal(dense, False)
     rows = np.arange(n)
     return bool(((implicit.block(rows).numpy() > 0) == (dense | np.eye(n, dtype=bool))).all())
-
-
-def memory_mb(field: str) -> float:
-    """A field of this process's memory status, in MB (VmRSS now, VmHWM at its peak)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1e3 for line in lines if line.startswith(field + ":"))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from timing import memory_bytes, options
 
 from hashdist.ground.ids import image_ids
 from hashdist.ground.settings import (
@@ -56,7 +57,9 @@ _COMMAND = "import sys; from hashdist.cli import main; sys.exit(main())"
 
 
 def main() -> None:
-    arguments = _arguments()
+    parser = options(__doc__, data=DATA, images=20_000, change=0.01, names=0)
+    parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hashdist-reindex-") as folder:
         os.environ["HASHDIST_CACHE"] = f"{folder}/cache"
         if arguments.measure:
@@ -233,7 +236,7 @@ def names(folder: Path, count: int) -> dict[str, Any]:
 def measured(uri: str, count: int) -> dict[str, Any]:
     view, costs = open_index(uri).view, Costs()
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without what the parent was
-    before_mb = memory_mb("VmHWM")
+    before_mb = memory_bytes("VmHWM") >> 20
     anonymous_before = anonymous_mb()
     from hashdist.reindex import inventory
 
@@ -252,7 +255,7 @@ def measured(uri: str, count: int) -> dict[str, Any]:
         "removed": len(change.removed),
         "listing_s": round(costs.phases["listing"]["seconds"], 2),
         "diff_s": round(costs.phases["diff"]["seconds"], 2),
-        "peak_above_start_mb": memory_mb("VmHWM") - before_mb,
+        "peak_above_start_mb": (memory_bytes("VmHWM") >> 20) - before_mb,
         "anonymous_mb": {
             "start": anonymous_before,
             "after_listing": after_listing,
@@ -264,22 +267,7 @@ def measured(uri: str, count: int) -> dict[str, Any]:
 
 def anonymous_mb() -> int:
     """Anonymous memory of this process now: what is mapped from files can be dropped, this cannot."""
-    return memory_mb("RssAnon")
-
-
-def memory_mb(kind: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith(kind))
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--change", type=float, default=0.01)
-    parser.add_argument("--names", type=int, default=0)
-    parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return memory_bytes("RssAnon") >> 20
 
 
 if __name__ == "__main__":

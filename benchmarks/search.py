@@ -30,7 +30,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -41,6 +40,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from timing import Work, milliseconds, options, ratios, seconds_in_turn, timed
 
 from hashdist.index import Index, create_index, open_index
 from hashdist.index.manifest import stamp, successor
@@ -52,7 +52,6 @@ from hashdist.nearest import scan
 from hashdist.nearest.kernel import kernel, load
 
 Codes = NDArray[np.uint8]
-Work = Callable[[], Any]
 _K = 100
 
 
@@ -70,31 +69,31 @@ def main() -> None:
 
 
 def one(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
-    codes = _random(a.rows, bits)
-    index, live, queries = _index(a, codes, folder), _flat(_live(codes, a)), _random(a.singles, bits, seed=2)
+    codes = random_codes(a.rows, bits)
+    index, live, queries = build(a, codes, folder), _flat(_live(codes, a)), random_codes(a.singles, bits, seed=2)
     _check(index, live, queries, _K)
     each = [queries[q : q + 1] for q in range(len(queries))]
-    times = _in_turn(
-        a,
-        ours=lambda: [index.search(query, _K) for query in each],
-        faiss=lambda: [live.search(query, _K) for query in each],
-        read=lambda: [_read(index, a.threads) for _ in each],
-    )
+    works: dict[str, Work] = {
+        "ours": lambda: [index.search(query, _K) for query in each],
+        "faiss": lambda: [live.search(query, _K) for query in each],
+        "read": lambda: [_read(index, a.threads) for _ in each],
+    }
+    times = seconds_in_turn(a.runs, works)
     times = {name: [seconds / len(each) for seconds in own] for name, own in times.items()}
     yield {
-        "rows": a.rows, "queries": 1, "k": _K, **_milliseconds(times),
-        "times_as_fast_as_faiss": _ratios(times, "faiss"),
+        "rows": a.rows, "queries": 1, "k": _K, **milliseconds(times),
+        "times_as_fast_as_faiss": ratios(times["faiss"], times["ours"]),
         "read_gb_per_s": round(codes.nbytes / statistics.median(times["read"]) / 1e9, 2),
-        "share_of_read_bandwidth": _ratios(times, "read"),
+        "share_of_read_bandwidth": ratios(times["read"], times["ours"]),
     }  # fmt: skip
 
 
 def many(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
-    yield _many(a, _random(a.rows, bits), _random(a.queries, bits, seed=2), folder)
+    yield _many(a, random_codes(a.rows, bits), random_codes(a.queries, bits, seed=2), folder)
 
 
 def collisions(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
-    distinct = _random(max(1, int(a.rows / a.collisions)), bits)
+    distinct = random_codes(max(1, int(a.rows / a.collisions)), bits)
     drawn = np.random.default_rng(3).integers(0, len(distinct), a.rows + a.queries)
     codes = distinct[drawn]
     for engine in ("scan", "folded"):
@@ -104,88 +103,87 @@ def collisions(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[
 
 
 def _many(a: argparse.Namespace, codes: Codes, queries: Codes, folder: Path, engine: str = "scan") -> dict[str, Any]:
-    index, live = _index(a, codes, folder), _flat(_live(codes, a))
+    index, live = build(a, codes, folder), _flat(_live(codes, a))
     _check(index, live, queries[:8], _K)
     words = scan.in_words(queries)
     part = np.ascontiguousarray(codes[: max(1, a.rows // 16)])
     count = partial(_count_only, part.ctypes.data, len(part), words, (0,) * words.shape[1])
     count()
-    started = time.perf_counter()
-    index.search(queries[:1], _K, engine=engine)  # builds what the engine needs
-    building = time.perf_counter() - started
-    times = _in_turn(
-        a,
-        ours=lambda: index.search(queries, _K, engine=engine),
-        faiss=lambda: live.search(queries, _K),
-        count_only=count,
-    )
+    building, _ = timed(lambda: index.search(queries[:1], _K, engine=engine))  # builds what the engine needs
+    works: dict[str, Work] = {
+        "ours": lambda: index.search(queries, _K, engine=engine),
+        "faiss": lambda: live.search(queries, _K),
+        "count_only": count,
+    }
+    times = seconds_in_turn(a.runs, works)
     pairs, counted = a.rows * len(queries), len(part) * len(queries)
     return {
-        "rows": a.rows, "queries": len(queries), "k": _K, "first_search_s": round(building, 3), **_milliseconds(times),
-        "times_as_fast_as_faiss": _ratios(times, "faiss"),
+        "rows": a.rows, "queries": len(queries), "k": _K, "first_search_s": round(building, 3), **milliseconds(times),
+        "times_as_fast_as_faiss": ratios(times["faiss"], times["ours"]),
         "codes_per_s_per_core": round(pairs / statistics.median(times["ours"]) / a.threads),
         "codes_per_s_per_core_of_counting_alone": round(counted / statistics.median(times["count_only"])),
     }  # fmt: skip
 
 
 def batch(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
-    codes, queries = _random(a.rows, bits), _random(a.batch, bits, seed=2)
-    index, live = _index(a, codes, folder), _flat(_live(codes, a))
+    codes, queries = random_codes(a.rows, bits), random_codes(a.batch, bits, seed=2)
+    index, live = build(a, codes, folder), _flat(_live(codes, a))
     _check(index, live, queries[:8], a.batch_k)
-    times = _in_turn(a, ours=lambda: index.search(queries, a.batch_k), faiss=lambda: live.search(queries, a.batch_k))
+    works = {"ours": lambda: index.search(queries, a.batch_k), "faiss": lambda: live.search(queries, a.batch_k)}
+    times = seconds_in_turn(a.runs, works)
     yield {
-        "rows": a.rows, "queries": a.batch, "k": a.batch_k, **_milliseconds(times),
-        "times_as_fast_as_faiss": _ratios(times, "faiss"),
+        "rows": a.rows, "queries": a.batch, "k": a.batch_k, **milliseconds(times),
+        "times_as_fast_as_faiss": ratios(times["faiss"], times["ours"]),
     }  # fmt: skip
 
 
 def by_radius(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
-    kinds = {"random": lambda: _random(a.rows, bits)}
+    kinds = {"random": lambda: random_codes(a.rows, bits)}
     if a.features:
         kinds["itq"] = lambda: _trained(a, bits)
     for kind, codes_of in kinds.items():
         codes = codes_of()
-        index = _index(a, codes, folder)
-        started = time.perf_counter()
-        index.search_within(codes[:1], a.radius, tables="on")
-        build = time.perf_counter() - started
+        index = build(a, codes, folder)
+        building, _ = timed(partial(index.search_within, codes[:1], a.radius, tables="on"))
         held = [tables.tables_of(shard, 0, "on") for shard in index.view.shards]
         for count in (1, a.queries):
             runs = [_near(codes, count, a.radius, seed) for seed in range(a.singles if count == 1 else 1)]
             for queries in runs:
                 with_tables, scanned = (index.search_within(queries, a.radius, tables=use) for use in ("on", "off"))
                 np.testing.assert_array_equal(with_tables.ids, scanned.ids)
-            times = _in_turn(
-                a,
-                ours=lambda: [index.search_within(queries, a.radius, tables="on") for queries in runs],  # noqa: B023
-                scan=lambda: [index.search_within(queries, a.radius, tables="off") for queries in runs],  # noqa: B023
-            )
+            each = partial(_each_within, index, runs, a.radius)
+            times = seconds_in_turn(a.runs, {"ours": partial(each, "on"), "scan": partial(each, "off")})
             times = {name: [seconds / len(runs) for seconds in own] for name, own in times.items()}
             found = sum(len(index.search_within(queries, a.radius).ids) for queries in runs)
             yield {
                 "codes": kind, "rows": a.rows, "distinct_codes": len(np.unique(_whole(codes))), "queries": count,
-                "radius": a.radius, "found_per_query": round(found / (count * len(runs)), 2), **_milliseconds(times),
-                "times_as_fast_as_scan": _ratios(times, "scan"), "build_s": round(build, 3),
+                "radius": a.radius, "found_per_query": round(found / (count * len(runs)), 2), **milliseconds(times),
+                "times_as_fast_as_scan": ratios(times["scan"], times["ours"]), "build_s": round(building, 3),
                 "tables_bytes": sum(table.data.nbytes for table in held if table), "codes_bytes": codes.nbytes,
             }  # fmt: skip
 
 
+def _each_within(index: Index, runs: list[Codes], radius: int, tables: Any) -> None:
+    for queries in runs:
+        index.search_within(queries, radius, tables=tables)
+
+
 def degenerate(a: argparse.Namespace, bits: int, folder: Path) -> Iterator[dict[str, Any]]:
-    random = _random(a.rows, bits)
+    random = random_codes(a.rows, bits)
     drawn = np.random.default_rng(3).integers(0, 3, a.rows)
     kinds = {"random": random, "equal": random[:1].repeat(a.rows, axis=0), "three": random[drawn]}
-    indexes = {kind: _index(a, codes, folder) for kind, codes in kinds.items()}
+    indexes = {kind: build(a, codes, folder) for kind, codes in kinds.items()}
     for count in (1, a.queries):
-        queries = _random(count, bits, seed=2)
+        queries = random_codes(count, bits, seed=2)
         works: dict[str, Work] = {
             kind: partial(_repeat, partial(index.search, queries, _K), a.singles if count == 1 else 1)
             for kind, index in indexes.items()
         }
-        times = _in_turn(a, **works)
+        times = seconds_in_turn(a.runs, works)
         for kind in ("equal", "three"):
             yield {
-                "codes": kind, "rows": a.rows, "queries": count, "k": _K, **_milliseconds(times),
-                "time_over_that_of_random": _ratios(times, kind, "random"),
+                "codes": kind, "rows": a.rows, "queries": count, "k": _K, **milliseconds(times),
+                "time_over_that_of_random": ratios(times[kind], times["random"]),
             }  # fmt: skip
 
 
@@ -195,22 +193,12 @@ CASES: dict[str, Callable[[argparse.Namespace, int, Path], Iterator[dict[str, An
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"bits": [64], "rows": 1_000_000, "queries": 256, "batch": 10_000, "batch_k": 1000, "shards": 8}
+    kinds = {"collisions": 10.0, "radius": 2, "noise": 0.2, "dead": 0.01}
+    parser = options(__doc__, **sizes, **kinds, threads=2, runs=7)
     parser.add_argument("cases", nargs="+", choices=CASES)
-    parser.add_argument("--bits", type=int, nargs="+", default=[64])
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--queries", type=int, default=256)
     parser.add_argument("--singles", type=int, default=10, help="single queries in a run")
-    parser.add_argument("--batch", type=int, default=10_000)
-    parser.add_argument("--batch-k", type=int, default=1000)
-    parser.add_argument("--collisions", type=float, default=10.0)
-    parser.add_argument("--radius", type=int, default=2)
     parser.add_argument("--features", type=Path)
-    parser.add_argument("--noise", type=float, default=0.2)
-    parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--dead", type=float, default=0.01)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--folder", help="where the indexes are written; a temporary folder by default")
     return parser.parse_args()
 
@@ -218,7 +206,7 @@ def _arguments() -> argparse.Namespace:
 # Codes and indexes
 
 
-def _random(rows: int, bits: int, seed: int = 1) -> Codes:
+def random_codes(rows: int, bits: int, seed: int = 1) -> Codes:
     return np.random.default_rng(seed).integers(0, 256, (rows, bits // 8), dtype=np.uint8)
 
 
@@ -254,7 +242,7 @@ def _live(codes: Codes, a: argparse.Namespace) -> Codes:
     return np.delete(codes, _dead(a), axis=0)
 
 
-def _index(a: argparse.Namespace, codes: Codes, folder: Path) -> Index:
+def build(a: argparse.Namespace, codes: Codes, folder: Path) -> Index:
     """An index of these codes in a new folder, written and committed as the index stage does, then opened."""
     index = create_index(tempfile.mkdtemp(dir=folder), 8 * codes.shape[1])
     ids = np.unique(np.random.default_rng(6).integers(0, 1 << 62, 2 * len(codes)))
@@ -332,40 +320,9 @@ def _read(index: Index, threads: int) -> int:
     return sum(_pool[0].map(share, range(threads)))
 
 
-# Time
-
-
 def _repeat(work: Work, times: int) -> None:
     for _ in range(times):
         work()
-
-
-def _in_turn(a: argparse.Namespace, **works: Work) -> dict[str, list[float]]:
-    """Seconds of every run of each, one after the other; the first of each is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for run in range(a.runs + 1):
-        for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            if run:
-                times[name].append(time.perf_counter() - started)
-    return times
-
-
-def _milliseconds(times: dict[str, list[float]]) -> dict[str, Any]:
-    def shown(values: list[float]) -> list[float]:
-        return [round(1e3 * value, 3) for value in values]
-
-    return {
-        f"{name}_ms": {"median": shown([statistics.median(own)])[0], "range": shown([min(own), max(own)])}
-        for name, own in times.items()
-    }
-
-
-def _ratios(times: dict[str, list[float]], peer: str, own: str = "ours") -> list[float]:
-    """Time of the peer over our own, run by run: median, lowest, highest."""
-    ratios = [b / a for a, b in zip(times[own], times[peer], strict=True)]
-    return [round(value, 2) for value in (statistics.median(ratios), min(ratios), max(ratios))]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import asyncio
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,10 +46,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # peers of benchmarks; the load an
 import numpy as np  # noqa: E402
 from fastapi import FastAPI, Query, Request  # noqa: E402
 from fastapi.responses import Response  # noqa: E402
-from open_index import _build, _downloaded, _s3  # noqa: E402
+from open_index import build as build_on_s3  # noqa: E402
+from open_index import downloaded, s3  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.serve.schema import LoggingConfig  # noqa: E402
-from search import _index, _random  # noqa: E402
+from search import build, random_codes  # noqa: E402
+from timing import Work, in_turn, options, quotients, spread, timed  # noqa: E402
 
 from hashdist.ground import telemetry  # noqa: E402
 from hashdist.ground.settings import ClusterSettings, IndexSettings, ServiceSettings, Settings  # noqa: E402
@@ -128,7 +129,7 @@ class _Setup:
 
     def __init__(self, a: argparse.Namespace, index: Index, port: int, client: "subprocess.Popen[str]") -> None:
         self.index, self._port, self._client = index, port, client
-        self.codes = _random(max(a.requests, a.clients), 64, seed=2)
+        self.codes = random_codes(max(a.requests, a.clients), 64, seed=2)
 
     def ask(self, route: str, **how: Any) -> dict[str, Any]:
         """What the client measured on a route: "", "constant" or "bare"."""
@@ -145,7 +146,7 @@ class _Setup:
 
 @contextmanager
 def _setup(a: argparse.Namespace, folder: Path) -> Iterator[_Setup]:
-    index = _index(a, _random(a.rows, 64), folder)
+    index = build(a, random_codes(a.rows, 64), folder)
     port = free_port()
     command = [sys.executable, str(HERE / "http_load.py")]
     with (
@@ -185,21 +186,22 @@ def latency(a: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 
         def search() -> list[float]:
             each = [code[None] for code in setup.codes[: a.requests]]
-            return [_seconds(partial(setup.index.search, code, _K)) for code in each]
+            return [timed(partial(setup.index.search, code, _K))[0] for code in each]
 
         def route(name: str) -> Callable[[], list[float]]:
             return lambda: list(setup.ask(name, connections=1, count=a.requests)["latencies"])
 
-        times = _in_turn(a, search=search, service=route(""), constant=route("constant"), bare=route("bare"))
+        works = {"search": search, **{name or "service": route(name) for name in ("", "constant", "bare")}}
+        times = in_turn(a.runs, works)
     for name, share in (("p50", 50), ("p99", 99)):
         points = {peer: [float(np.percentile(run, share)) for run in runs] for peer, runs in times.items()}
         added = [a - b for a, b in zip(points["service"], points["search"], strict=True)]
         yield {
             "rows": a.rows, "clients": 1, "requests": a.requests, "runs": a.runs, "percentile": name,
-            **{f"{peer}_ms": _spread(values, 1e3) for peer, values in points.items()},
-            "added_ms": _spread(added, 1e3),
-            "added_over_constant": _spread(_quotients(added, points["constant"])),
-            "added_over_bare": _spread(_quotients(added, points["bare"])),
+            **{f"{peer}_ms": spread(values, 1e3) for peer, values in points.items()},
+            "added_ms": spread(added, 1e3),
+            "added_over_constant": spread(quotients(added, points["constant"])),
+            "added_over_bare": spread(quotients(added, points["bare"])),
             "asked": 1.5,
         }  # fmt: skip
 
@@ -224,13 +226,13 @@ def throughput(a: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 
             return ask
 
-        rates = _in_turn(a, search=search, service=route(""), constant=route("constant"))
+        rates = in_turn(a.runs, {"search": search, "service": route(""), "constant": route("constant")})
     possible = [1 / (1 / s + 1 / h) for s, h in zip(rates["search"], rates["constant"], strict=True)]
     yield {
         "rows": a.rows, "clients": a.clients, "seconds_a_run": a.seconds_a_run, "runs": a.runs,
-        "search_queries_per_s": _spread(rates["search"]), "constant_requests_per_s": _spread(rates["constant"]),
-        "service_queries_per_s": _spread(rates["service"]), "possible_queries_per_s": _spread(possible),
-        "service_over_possible": _spread(_quotients(rates["service"], possible)), "asked": 0.8,
+        "search_queries_per_s": spread(rates["search"]), "constant_requests_per_s": spread(rates["constant"]),
+        "service_queries_per_s": spread(rates["service"]), "possible_queries_per_s": spread(possible),
+        "service_over_possible": spread(quotients(rates["service"], possible)), "asked": 0.8,
         "client_busy": round(max(busy), 2),
     }  # fmt: skip
 
@@ -241,9 +243,9 @@ def throughput(a: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 def cold(a: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     kernels = folder / "kernels"
     os.environ["NUMBA_CACHE_DIR"] = str(kernels)
-    with _s3():
+    with s3():
         uri = "s3://hashdist/cold"
-        _build(uri, a.rows, a.shards, _model())
+        build_on_s3(uri, a.rows, a.shards, _model())
         entries = [entry for shard in open_index(uri).manifest["shards"] for entry in parts(shard).values()]
         settings = Settings(index=IndexSettings(uri=uri), service=ServiceSettings(refresh_s=0.5))
         port = free_port()
@@ -259,20 +261,20 @@ def cold(a: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
                 serve.delete("hashdist")
                 return seconds
 
-            times = _in_turn(
-                a,
-                uncompiled=lambda: started(compiled=False),
-                compiled=lambda: started(compiled=True),
-                download=lambda: _seconds(lambda: _downloaded("cold", entries)),
-            )
+            works: dict[str, Work] = {
+                "uncompiled": partial(started, compiled=False),
+                "compiled": partial(started, compiled=True),
+                "download": lambda: timed(lambda: downloaded("cold", entries))[0],
+            }
+            times = in_turn(a.runs, works)
             serve.shutdown()
     size = sum(entry["bytes"] for entry in entries)
     for kind in ("compiled", "uncompiled"):
         beyond = [a - b for a, b in zip(times[kind], times["download"], strict=True)]
         yield {
             "rows": a.rows, "runs": a.runs, "mb": round(size / 1e6, 1), "kernels": kind,
-            "ready_s": _spread(times[kind]),
-            "download_s": _spread(times["download"]), "beyond_download_s": _spread(beyond), "asked": 15,
+            "ready_s": spread(times[kind]),
+            "download_s": spread(times["download"]), "beyond_download_s": spread(beyond), "asked": 15,
         }  # fmt: skip
 
 
@@ -335,49 +337,15 @@ def memory(a: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-# Time
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def _in_turn(a: argparse.Namespace, **works: Callable[[], Any]) -> dict[str, list[Any]]:
-    """What every run of each returned, one after the other; the first of each is not counted."""
-    found: dict[str, list[Any]] = {name: [] for name in works}
-    for run in range(a.runs + 1):
-        for name, work in works.items():
-            value = work()
-            if run:
-                found[name].append(value)
-    return found
-
-
-def _quotients(values: list[float], peers: list[float]) -> list[float]:
-    return [value / peer for value, peer in zip(values, peers, strict=True)]
-
-
-def _spread(values: list[float], factor: float = 1.0) -> dict[str, Any]:
-    shown = [round(factor * value, 3) for value in (statistics.median(values), min(values), max(values))]
-    return {"median": shown[0], "range": shown[1:]}
-
-
 CASES: dict[str, Callable[[argparse.Namespace, Path], Iterator[dict[str, Any]]]] = {
     "latency": latency, "throughput": throughput, "cold": cold, "swaps": swaps, "memory": memory,
 }  # fmt: skip
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rows=10_000_000, shards=8, dead=0.01, runs=7, clients=32)
     parser.add_argument("cases", nargs="+", choices=CASES)
-    parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--dead", type=float, default=0.01)
-    parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--requests", type=int, default=300, help="of one client in a run")
-    parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds-a-run", type=float, default=5.0, help="of many clients")
     parser.add_argument(
         "--seconds", type=float, default=0.0, help="of load while versions change; 60, or 600 for memory"

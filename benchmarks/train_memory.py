@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timing import memory_bytes, options
 from torch import distributed as dist
 
 from hashdist.ground.ranges import blocks
@@ -38,15 +39,9 @@ ROUNDS = {"ddh": {"rounds": 1, "epochs": 1}, "dsah": {"rounds": 2, "epochs": 1}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=1_000_000)
+    sizes = {"n": 1_000_000, "neighbours": 100, "width": 128, "bits": 64, "batch": 200}
+    parser = options(__doc__, **sizes, workers=1, threads=1)
     parser.add_argument("--methods", nargs="+", choices=list(ROUNDS), default=list(ROUNDS))
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--neighbours", type=int, default=100)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--bits", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", help="where the files go; a temporary one otherwise")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -158,8 +153,7 @@ class Peak:
 
 def memory_gb(field: str) -> float:
     """A field of this process's memory status, in GB (10^9 bytes)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith(field + ":"))
+    return memory_bytes(field) / 1e9
 
 
 if __name__ == "__main__":

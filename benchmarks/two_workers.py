@@ -9,12 +9,13 @@ short epochs in fresh processes and takes the second's images/s from the loop's 
 
 import argparse
 import json
-import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import in_turn, medians, options
 from torch import distributed as dist
 from torch import multiprocessing
 
@@ -29,24 +30,16 @@ LIMIT = 0.85
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--backbone", default="mobilenet_v2")
-    chosen = parser.parse_args()
-    runs: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(chosen.runs):
-        for workers, values in runs.items():
-            values.append(images_per_s(workers, chosen))
-    medians = {workers: statistics.median(values) for workers, values in runs.items()}
+    chosen = options(__doc__, batch=128, size=96, steps=4, runs=3, backbone="mobilenet_v2").parse_args()
+    works = {workers: partial(images_per_s, workers, chosen) for workers in (1, 2)}
+    runs = in_turn(chosen.runs, works, warm=False)
+    middle = medians(runs)
     result = {
         "benchmark": "two_workers",
         **vars(chosen),
-        "one_worker_two_threads": round(medians[1], 2),
-        "two_workers_one_thread": round(medians[2], 2),
-        "ratio": round(medians[2] / medians[1], 3),
+        "one_worker_two_threads": round(middle[1], 2),
+        "two_workers_one_thread": round(middle[2], 2),
+        "ratio": round(middle[2] / middle[1], 3),
         "limit": LIMIT,
         "runs": {str(workers): [round(v, 2) for v in values] for workers, values in runs.items()},
     }

@@ -9,10 +9,13 @@ import pytest
 import hashdist.methods
 from hashdist.collection.listing import list_collection
 from hashdist.collection.readers import FORMATS
+from hashdist.evaluation import measure
 from hashdist.evaluation.experiment import Corpus, Entry, Frame
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.settings import CollectionSettings, GraphSettings
-from hashdist.index import open_index
+from hashdist.index import create_index, open_index
+from hashdist.index.search import engines, filters
+from hashdist.methods.parts import graph
 from hashdist.models.model import load_model
 from hashdist.reindex.run import reindex
 from hashdist.store import STORES
@@ -84,3 +87,41 @@ def test_a_method_is_found_by_its_name(corpus: Corpus, monkeypatch: pytest.Monke
     ones = np.unpackbits(codes_NW, axis=1).mean(0)
     assert (abs(ones - 0.5) < 0.2).all()
     assert frame.measure(codes_NW)["metrics"]["map@50"] > 0.3
+
+
+@pytest.mark.parametrize("where", [None, filters.column("parity", "==", 0)])
+def test_an_engine_answers_as_the_scan_does(
+    where: filters.Filter | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engines.ENGINES, "plain", extensions.module("hashdist/index/search/plain.py").Plain)
+    codes_NW = np.random.default_rng(0).integers(0, 4, (300, 2), np.uint8)  # many ties
+    index = create_index(str(tmp_path / "index"), bits=16)
+    for part in np.array_split(np.arange(300), 3):
+        index.append(codes_NW[part], [str(row) for row in part], {"parity": [int(row % 2) for row in part]})
+    index.delete([str(row) for row in range(0, 300, 7)])
+    expected = index.search(codes_NW[:20], 15, where=where)
+    found = index.search(codes_NW[:20], 15, where=where, engine="plain")
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+
+
+def test_a_graph_is_built_by_the_rule(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutual_neighbours = extensions.module("hashdist/methods/parts/mutual.py").mutual_neighbours
+    rule = graph.Rule(mutual_neighbours, lambda n: min(20, n - 1), lambda k1: k1)
+    monkeypatch.setitem(graph.RULES, "mutual", rule)
+    built = graph.build(corpus.features, GraphSettings(rule="mutual"))
+    near = [set(own) for own in built.neighbours_NK.tolist()]
+    expected = [sorted(j for j in near[i] if i in near[j]) for i in range(len(near))]
+    indptr, indices = built.symmetric
+    assert [indices[indptr[i] : indptr[i + 1]].tolist() for i in range(len(near))] == expected
+    assert (built.k1, 0 < len(indices) < 20 * len(near)) == (20, True)
+
+
+def test_a_metric_is_reported(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = extensions.module("hashdist/evaluation/reciprocal.py").reciprocal_rank
+    metric = measure.Metric("mrr@{cut}", lambda results, cuts: rank(results.relevant[:, : cuts.cut]))
+    monkeypatch.setattr(measure, "METRICS", [*measure.METRICS, metric])
+    frame = Frame(corpus, "uniform:40:200", 1, GraphSettings(), cut=50, precision_at=10, recall_at=5)
+    found = frame.measure(frame.fit(Entry("itq", "itq"), 8).codes)["metrics"]
+    assert found["precision@10"] / 10 < found["mrr@50"] <= 1
+    np.testing.assert_allclose(rank(np.array([[False, True, True], [True, False, False], [False] * 3])), [0.5, 1, 0])

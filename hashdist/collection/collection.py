@@ -2,7 +2,7 @@
 
 `list_collection` looks at names, sizes and stamps only; their digest names the artefact. A scan
 (hashdist/collection/readers/reader.py) then reads every image once, unit by unit, and `assemble` makes of the scanned
-units what is committed:
+units the committed collection:
 
 - `files`: the listing (schema LISTING), sorted by id, in files of one id prefix each;
 - `units`: the same rows in the order of the sources, with what a reader needs to find the bytes again;
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from hashdist.collection.listing import Listing
 from hashdist.collection.readers import FORMATS
 from hashdist.collection.readers.reader import Lost, Reader, Unit, content_digest
-from hashdist.collection.salts import column_of, partitions, prefix_bits, salted, salts_of_units
-from hashdist.collection.vocabulary import Labels, numbered
+from hashdist.collection.salts import apply_salts, column_of, partitions, prefix_bits, salts_of_units
+from hashdist.collection.vocabulary import Labels, number_labels
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.ids import ID_BITS, image_id, image_ids
 from hashdist.ground.schema import LISTING, OK, slug
@@ -72,7 +72,7 @@ def plan(listing: Listing, part_rows: int) -> ScanPlan:
     return ScanPlan(reader, units, dict(reader.salts))
 
 
-# Assembling: from scanned units to what is committed
+# Assembling a collection from scanned units
 
 
 def write_unit(target: Artefact, unit: Unit, rows: pa.Table, part_rows: int) -> dict[str, Any]:
@@ -116,7 +116,9 @@ def assemble(
     unreadable: Counter[str] = Counter()
     for partition in partitions(target, units, ids, bits, salts):
         table = partition.sort_by("id")
-        listed = table.select(LISTING.names).set_column(3, LISTING.field("labels"), numbered(table, labels.vocabulary))
+        listed = table.select(LISTING.names).set_column(
+            3, LISTING.field("labels"), number_labels(table, labels.vocabulary)
+        )
         files.append(write_table(target.store, target.new_name(".parquet"), listed.cast(LISTING)))
         _digest_rows(content, listed)
         reasons = listed.filter(pc.not_equal(listed["status"], OK))["reason"].to_pylist()
@@ -185,8 +187,8 @@ class Collection:
         place = self._parts[part]
         span = (place["first"], place["first"] + place["rows"])
         rows = read_table(self.artefact.store, self._units[place["unit"]]["file"], None, span)
-        rows = salted(rows, self._salts)
-        return rows.set_column(rows.schema.get_field_index("labels"), "labels", numbered(rows, self._vocabulary))
+        rows = apply_salts(rows, self._salts)
+        return rows.set_column(rows.schema.get_field_index("labels"), "labels", number_labels(rows, self._vocabulary))
 
     def read(self, part: int, ids: NDArray[np.int64] | None = None) -> Iterator[Image]:
         """The images of a part, or those with these ids, in source order; memory: a few requests' worth of bytes.
@@ -233,7 +235,7 @@ class Collection:
                     yield self._among(unit, listed["id"])
 
     def _among(self, unit: Mapping[str, Any], ids: pa.ChunkedArray) -> pa.Table:
-        rows = salted(read_table(self.artefact.store, unit["file"]), self._salts)
+        rows = apply_salts(read_table(self.artefact.store, unit["file"]), self._salts)
         return rows.filter(pc.is_in(rows["id"], ids.combine_chunks()))
 
     def _images(self, rows: pa.Table) -> Iterator[Image]:
@@ -270,7 +272,7 @@ def _reader(manifest: Mapping[str, Any]) -> Reader:
 
 
 def subset(root: Store, whole: Artefact, ids: Iterable[int]) -> Artefact:
-    """The collection of some images of a committed one, committed: what a re-index encodes.
+    """The collection of some images of a committed one, committed, for a re-index to encode.
 
     Args:
         root: of the artefacts.
@@ -292,7 +294,7 @@ def subset(root: Store, whole: Artefact, ids: Iterable[int]) -> Artefact:
     part_rows = max([part["rows"] for part in manifest["parts"]], default=1)
     units = []
     for unit in manifest["units"]:
-        rows = salted(read_table(whole.store, unit["file"]), manifest["salts"])
+        rows = apply_salts(read_table(whole.store, unit["file"]), manifest["salts"])
         rows = rows.filter(pc.is_in(rows["id"], pa.array(wanted)))
         if len(rows):
             units.append(write_unit(made, Unit(unit["source"], 0, None), rows, part_rows))

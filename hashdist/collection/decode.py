@@ -115,7 +115,7 @@ def claimed_pixels(data: bytes) -> int:
 
 
 def _check_size(image: Image.Image, size: int, max_pixels: int) -> None:
-    """Raises BadImage for what would take too much memory or time to decode, by what the header claims."""
+    """Raises BadImage for an image that would take too much memory or time to decode, by what the header claims."""
     tile_width, tile_length = (int(getattr(image, "tag_v2", {}).get(tag, 0)) for tag in _TILE)
     for what, width, height in (("", image.width, image.height), ("a tile of ", tile_width, tile_length)):
         if width * height > max_pixels:

@@ -131,7 +131,7 @@ def _listing_digest(chosen: str, options: dict[str, Any], files: list[Entry]) ->
     return state.hexdigest()
 
 
-def described(listing: Listing) -> dict[str, Any]:
+def manifest_fields(listing: Listing) -> dict[str, Any]:
     """Fields of a collection's manifest that say where its images lie."""
     files = [] if FORMATS[listing.format].files_are_images else listing.files
     return {

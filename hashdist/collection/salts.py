@@ -58,7 +58,7 @@ def partitions(
             prefixes = unit_ids >> (ID_BITS - bits)
             # a salted id may lie elsewhere, so units are looked into whenever there are salts
             if salts or ((prefixes >= first) & (prefixes < last)).any():
-                table = salted(read_table(target.store, unit["file"]), salts)
+                table = apply_salts(read_table(target.store, unit["file"]), salts)
                 prefixes = table["id"].to_numpy() >> (ID_BITS - bits)
                 for prefix, tables in picked.items():
                     tables.append(table.filter(pa.array(prefixes == prefix)))
@@ -66,7 +66,7 @@ def partitions(
             yield pa.concat_tables([SCANNED.empty_table(), *tables])
 
 
-def salted(table: pa.Table, salts: Mapping[str, int]) -> pa.Table:
+def apply_salts(table: pa.Table, salts: Mapping[str, int]) -> pa.Table:
     """Scanned rows with the ids of the salted keys put right."""
     if not salts:
         return table

@@ -1,4 +1,4 @@
-"""Features that users bring: parquet files with a vector column, or the npy + parquet layout of clip-retrieval.
+"""Vectors that users bring: parquet files with a vector column, or the npy + parquet layout of clip-retrieval.
 
 parquet: a key column (`key`, `id` or `image_path`), a vector column (`feature`, `embedding` or `embeddings`: lists,
 fixed-size lists, or fixed-size binary with `dtype` and `width` in the schema's metadata), optionally `label` or
@@ -35,7 +35,7 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True)
 class VectorSource:
-    """What lies at a URI, by name; nothing has been read.
+    """The files at a URI, by name; nothing has been read.
 
     Args:
         uri: canonical.
@@ -62,10 +62,10 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class VectorPlan:
-    """What is known of a source once footers, headers and keys have been read.
+    """A source whose footers, headers and keys have been read.
 
     Args:
-        source: what was listed.
+        source: as it was listed.
         chunks: parts, in the order of the files.
         width: D.
         dtype: float16 where the source is, else float32.
@@ -281,7 +281,7 @@ def _first_width(file: pq.ParquetFile, column: str) -> int:
 
 
 def _rows(source: VectorSource, chunk: Chunk) -> pa.Table:
-    """Rows of a chunk, without what is not needed."""
+    """Rows of a chunk: the columns that are needed."""
     with _open(source, chunk.file) as file:
         schema = file.schema_arrow
         wanted = [_key_column(schema, source, chunk.file), *(n for n in ("label", "labels") if n in schema.names)]

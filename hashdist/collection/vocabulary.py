@@ -33,7 +33,7 @@ def label_numbers(reader: Reader, units: Sequence[Mapping[str, Any]]) -> Labels:
     return Labels({name: number for number, name in enumerate(names)}, names)
 
 
-def extended(vocabulary: Mapping[str, int], names: Iterable[str], reader: Reader) -> dict[str, int]:
+def extend_vocabulary(vocabulary: Mapping[str, int], names: Iterable[str], reader: Reader) -> dict[str, int]:
     """The numbers of labels given as text, with numbers for those that have none yet; numbers once given stay.
 
     The first numbers of all are those that `label_numbers` gives; later names follow the largest number, in order.
@@ -46,7 +46,7 @@ def extended(vocabulary: Mapping[str, int], names: Iterable[str], reader: Reader
     return {**vocabulary, **{name: number for number, name in enumerate(new, max(vocabulary.values()) + 1)}}
 
 
-def numbered(table: pa.Table, vocabulary: Mapping[str, int]) -> pa.ChunkedArray:
+def number_labels(table: pa.Table, vocabulary: Mapping[str, int]) -> pa.ChunkedArray:
     """Column `labels` of scanned rows, with labels given as text by their numbers."""
     if not vocabulary:
         return table["labels"].cast(LISTING.field("labels").type)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hashdist.collection.vocabulary import extended, numbered
+from hashdist.collection.vocabulary import extend_vocabulary, number_labels
 from hashdist.index import Applied, Index
 from hashdist.index.candidate import Gate
 from hashdist.index.notes import FOLDER, SEEN, SOURCES_SUFFIX, last_of_each, write_sources
@@ -51,7 +51,7 @@ def commit(
     """
     rows = pa.concat_tables([ENCODED.empty_table(), *outcome.rows])
     numbers = _vocabulary(index, found, rows) if vocabulary is None else vocabulary
-    columns = rows.select(["digest", "size", "stamp"]).append_column("labels", numbered(rows, numbers))
+    columns = rows.select(["digest", "size", "stamp"]).append_column("labels", number_labels(rows, numbers))
     more: dict[str, Any] = {}
     if index.manifest.get("rerank") is not None or outcome.features:
         more["rerank"] = np.concatenate(outcome.features) if outcome.features else np.empty((0, 0), np.float16)
@@ -86,7 +86,7 @@ def _vocabulary(index: Index, found: Found, rows: pa.Table) -> dict[str, int]:
     """Numbers of labels given as text: those of the collection that the index was built from, new ones after them."""
     known = base_vocabulary(index)
     names = pc.unique(pc.list_flatten(rows["names"])).to_pylist()
-    return extended(known, names, found.reader()) if names else known
+    return extend_vocabulary(known, names, found.reader()) if names else known
 
 
 def base_vocabulary(index: Index) -> dict[str, int]:

@@ -40,7 +40,7 @@ from hashdist.collection.readers.reader import (
     is_hidden,
     source_stamp,
 )
-from hashdist.collection.salts import salted
+from hashdist.collection.salts import apply_salts
 from hashdist.ground.errors import HashdistError, InvalidInput
 from hashdist.ground.options import ReindexOptions
 from hashdist.ground.schema import OK
@@ -294,7 +294,7 @@ def _scan(found: Found, rows: Spill, salts: Mapping[str, int]) -> None:
     if found.files:
         reader = found.reader()
         for table in in_order(reader.scan, reader.units(AT_ONCE), _SCANS):
-            rows.add(salted(table, salts))
+            rows.add(apply_salts(table, salts))
 
 
 def _format_of(view: View) -> str | None:

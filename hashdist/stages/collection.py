@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hashdist.collection.collection import KIND, REVISION, ScanPlan, assemble, plan, write_unit
-from hashdist.collection.listing import Listing, described, list_collection
-from hashdist.collection.vocabulary import extended, label_numbers
+from hashdist.collection.listing import Listing, list_collection, manifest_fields
+from hashdist.collection.vocabulary import extend_vocabulary, label_numbers
 from hashdist.ground import telemetry
 from hashdist.ground.progress import say
 from hashdist.ground.schema import failures
@@ -96,14 +96,14 @@ def commit_plan(
     units = [records[number] for number in numbers]
     labels = label_numbers(planned.reader, units)
     if vocabulary is not None:
-        labels = labels._replace(vocabulary=extended(vocabulary, labels.vocabulary, planned.reader))
+        labels = labels._replace(vocabulary=extend_vocabulary(vocabulary, labels.vocabulary, planned.reader))
     fields = assemble(target, units, salts=planned.salts, labels=labels, part_rows=part_rows)
     lineage = {
         "stage": "collection",
         "inputs": {"listing": {"uri": listing.uri, "digest": listing.digest}},
         "settings": settings.collection.identity(),
     }
-    target.publish({**lineage, **described(listing), **fields})
+    target.publish({**lineage, **manifest_fields(listing), **fields})
 
 
 def _result(target: Artefact, started: float, skipped: bool) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Store(ABC):
             list(pool.map(delete, names))
 
     def abandoned(self) -> Iterator[Entry]:
-        """What writes that were cut short have left, which no listing shows; nothing where the store sees to that."""
+        """Objects that a dying writer left, which no listing shows; none where the store sees to that itself."""
         return iter(())
 
     @abstractmethod

@@ -39,7 +39,7 @@ from hashdist.store import Store
 
 _RANGE_BYTES = 4 << 20
 _REQUESTS = 16
-"""Ranges fetched at once by a process, of all files together: their memory is what a download needs."""
+"""Ranges fetched at once by a process, of all files together: a download needs memory for these."""
 
 _HASHED_AT_ONCE = 1 << 20
 _DEFAULT_GB = 50
@@ -67,7 +67,7 @@ def local_file(store: Store, entry: Mapping[str, Any], user: object = None) -> P
     """
     own: Path | None = store.local_path(entry["path"])
     if own is None:
-        return _cached(store, entry, user)
+        return _local_copy(store, entry, user)
     if not own.is_file():
         raise NotFound(f"{store.uri}/{entry['path']} does not exist, but a committed version names it")
     if not _sound(own, entry):
@@ -83,28 +83,28 @@ def cache_folder() -> Path:
 # Copies
 
 
-def _cached(store: Store, entry: Mapping[str, Any], user: object) -> Path:
+def _local_copy(store: Store, entry: Mapping[str, Any], user: object) -> Path:
     cache = _open(cache_folder(), os.getpid())
     for folder in dict.fromkeys((cache_folder(), cache.folder)):  # one that cannot be written may be full of copies
         with suppress(OSError):
             copy = _place(folder, entry)
             if _sound(copy, entry):
-                return _counted("hit", entry, cache.used(copy, user))
+                return _count("hit", entry, cache.use(copy, user))
     copy = _place(cache.folder, entry)
     with _sole_maker(copy) as descriptor:
         with suppress(FileNotFoundError):
             if _sound(copy, entry):  # another was making it
-                return _counted("hit", entry, cache.used(copy, user))
+                return _count("hit", entry, cache.use(copy, user))
         cache.make_room(entry["bytes"])
         found = _download(store, entry, descriptor)
         if found != entry["sha256"]:
             raise Corrupt(f"{store.uri}/{entry['path']}: SHA-256 {entry['sha256']} was committed, found {found}")
         os.replace(_part(copy), copy)
         _checked.add(_mark(copy, entry))
-        return _counted("miss", entry, cache.used(copy, user))
+        return _count("miss", entry, cache.use(copy, user))
 
 
-def _counted(outcome: str, entry: Mapping[str, Any], path: Path) -> Path:
+def _count(outcome: str, entry: Mapping[str, Any], path: Path) -> Path:
     telemetry.CACHE_FILES.inc(outcome=outcome)
     telemetry.CACHE_BYTES.inc(entry["bytes"], outcome=outcome)
     return path
@@ -146,7 +146,7 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 def _download(store: Store, entry: Mapping[str, Any], descriptor: int) -> str:
-    """Fetch a file in parallel ranges; returns the SHA-256 of what came, complete soon after the last range is."""
+    """Fetch a file in parallel ranges; returns the SHA-256 of the bytes, complete soon after the last range is."""
     digest = hashlib.sha256()
     fetch = partial(_fetch, store, entry["path"], descriptor)
     ranges = list(blocks(entry["bytes"], _RANGE_BYTES))
@@ -231,7 +231,7 @@ class _Cache:
         self._room = 0  # bytes that may be added before the copies must be counted again
         atexit.register(self._leave)
 
-    def used(self, copy: Path, user: object) -> Path:
+    def use(self, copy: Path, user: object) -> Path:
         """The path to open; the use is noted. Raises FileNotFoundError."""
         with suppress(PermissionError):  # a copy in a folder that is only read
             os.utime(copy, ns=(time.time_ns(), copy.stat().st_mtime_ns))
@@ -248,7 +248,7 @@ class _Cache:
         return link
 
     def make_room(self, size: int) -> None:
-        """Evict what was used least recently, until `size` more bytes are within the bound."""
+        """Evict the copies that were used least recently, until `size` more bytes are within the bound."""
         with self._counting:
             self._room -= size
             if self._room >= 0:
@@ -271,7 +271,7 @@ class _Cache:
             if copy.links == 1 and time.time() - copy.used_at > _RECENT_S:
                 copy.path.unlink(missing_ok=True)
                 held -= copy.bytes
-                _counted("evicted", {"bytes": copy.bytes}, copy.path)
+                _count("evicted", {"bytes": copy.bytes}, copy.path)
         return max(0, bound - held - size) // 8  # other processes add too
 
     def _release(self, link: Path) -> None:
@@ -285,11 +285,11 @@ class _Cache:
 
 def _open(folder: Path, pid: int) -> _Cache:
     with _opening:
-        return _opened(folder, pid)
+        return _open_once(folder, pid)
 
 
 @lru_cache(maxsize=8)
-def _opened(folder: Path, pid: int) -> _Cache:  # noqa: ARG001 (a forked child must note its own uses)
+def _open_once(folder: Path, pid: int) -> _Cache:  # noqa: ARG001 (a forked child must note its own uses)
     try:
         return _Cache(folder)
     except OSError as error:
@@ -319,7 +319,7 @@ def _bound(folder: Path, held: int) -> int:
 
 
 def _copies(folder: Path) -> Iterator[_Copy]:
-    """Copies of files, and what was derived from them: a derived file that is mapped may go, its bytes stay."""
+    """Copies of files, and files derived from them: a derived file that is mapped may go, its bytes stay."""
     for path in chain(
         folder.glob("??/" + "[0-9a-f]" * 64), folder.glob("radius/*.npy"), folder.glob("engines/*.faiss")
     ):
@@ -329,7 +329,7 @@ def _copies(folder: Path) -> Iterator[_Copy]:
 
 
 def _forget_the_dead(folder: Path) -> None:
-    """Delete what processes left that are no more: notes of use, and parts of copies."""
+    """Delete the notes of use and the parts of copies of processes that are no more."""
     for left in (folder / "in-use").iterdir():
         with suppress(OSError):
             os.close(_lock(left / _ALIVE, os.O_RDWR, fcntl.LOCK_NB))

@@ -1,4 +1,4 @@
-"""Proof that a store is fit for commits: what hashdist/store/base.py requires is tried out, and said line by line."""
+"""Proof that a store is fit for commits: each requirement of hashdist/store/base.py is tried out, one line for each."""
 
 import time
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def check(store: Store) -> list[Check]:
     try:
         for name, required, proof in _PROOFS:
             broken = next((c.name for c in checks if c.required and not c.passed), "")
-            checks.append(_tried(name, required, lambda proof=proof: proof(store, prefix), broken))  # type: ignore[misc]
+            checks.append(_try(name, required, lambda proof=proof: proof(store, prefix), broken))  # type: ignore[misc]
     finally:
         with suppress(HashdistError):
             for entry in list(store.list(prefix)):
@@ -46,7 +46,7 @@ def check(store: Store) -> list[Check]:
     return checks
 
 
-def _tried(name: str, required: bool, proof: Callable[[], str], broken: str) -> Check:
+def _try(name: str, required: bool, proof: Callable[[], str], broken: str) -> Check:
     if broken:
         return Check(name, None, required, f"not tried, because of: {broken}")
     try:

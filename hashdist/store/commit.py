@@ -525,17 +525,17 @@ def _as_rewritten(store: Store, manifest: dict[str, Any]) -> dict[str, Any]:
     """
     for found in store.list(REWRITES):
         record = read_record(store, found.name)
-        manifest = {**_replaced(manifest, record["files"]), **record["changed"]}
+        manifest = {**_replace_files(manifest, record["files"]), **record["changed"]}
     return manifest
 
 
-def _replaced(value: Any, files: Mapping[str, Any]) -> Any:
+def _replace_files(value: Any, files: Mapping[str, Any]) -> Any:
     if isinstance(value, dict):
         path = value.get("path")
         if isinstance(path, str) and path in files:
             return files[path]
-        return {name: _replaced(item, files) for name, item in value.items()}
-    return [_replaced(item, files) for item in value] if isinstance(value, list) else value
+        return {name: _replace_files(item, files) for name, item in value.items()}
+    return [_replace_files(item, files) for item in value] if isinstance(value, list) else value
 
 
 class Version(NamedTuple):

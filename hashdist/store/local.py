@@ -181,7 +181,7 @@ def _walk(folder: Path, base: str, prefix: bytes, after: bytes, above: frozenset
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        raise _refused(error, f"{folder} cannot be listed") from error
+        raise _as_ours(error, f"{folder} cannot be listed") from error
     here = (status.st_dev, status.st_ino)
     if here in above:  # a link back to a folder above
         return
@@ -251,7 +251,7 @@ def _reading(uri: str, name: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"{uri}/{name} does not exist") from error
     except OSError as error:
-        raise _refused(error, f"{uri}/{name} cannot be read") from error
+        raise _as_ours(error, f"{uri}/{name} cannot be read") from error
 
 
 @contextmanager
@@ -259,10 +259,10 @@ def _writing(uri: str, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _refused(error, f"{uri}/{name} cannot be written") from error
+        raise _as_ours(error, f"{uri}/{name} cannot be written") from error
 
 
-def _refused(error: OSError, what: str) -> InvalidInput | Unavailable:
+def _as_ours(error: OSError, what: str) -> InvalidInput | Unavailable:
     """The user's to mend (permissions, paths), or the machine's (disk full, I/O error)."""
     kind = InvalidInput if error.errno in _USERS_FAULT else Unavailable
     return kind(f"{what}: {error.strerror or error}")

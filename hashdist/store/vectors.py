@@ -1,4 +1,4 @@
-"""Reading what stages committed: tables of one vector per image, in parts (features, codes)."""
+"""Reading features and codes: committed tables of one vector per image, in parts."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -24,7 +24,7 @@ from hashdist.collection.collection import (
     subset,
     write_unit,
 )
-from hashdist.collection.listing import described, list_collection
+from hashdist.collection.listing import list_collection, manifest_fields
 from hashdist.collection.readers import FORMATS, tar
 from hashdist.collection.readers.reader import content_digest
 from hashdist.collection.vocabulary import label_numbers
@@ -53,7 +53,7 @@ def commit(root: str, settings: CollectionSettings) -> Artefact:
     units = [write_unit(target, unit, planned.reader.scan(unit), settings.part_rows) for unit in planned.units]
     labels = label_numbers(planned.reader, units)
     fields = assemble(target, units, salts=planned.salts, labels=labels, part_rows=settings.part_rows)
-    target.publish({**described(listing), **fields, "settings": settings.identity()})
+    target.publish({**manifest_fields(listing), **fields, "settings": settings.identity()})
     return target
 
 
@@ -332,7 +332,7 @@ def test_vanished_changed_and_unreadable_files_are_rows_with_a_reason(tmp_path: 
     units = [write_unit(target, unit, planned.reader.scan(unit), 10) for unit in planned.units]
     labels = label_numbers(planned.reader, units)
     fields = assemble(target, units, salts={}, labels=labels, part_rows=10)
-    manifest = target.publish({**described(listing), **fields})
+    manifest = target.publish({**manifest_fields(listing), **fields})
     assert (manifest["rows"], manifest["failed"], manifest["unreadable"]) == (4, 1, {"vanished": 1})
     (base / "1.jpg").write_bytes(jpeg(99))
     (base / "2.jpg").unlink()

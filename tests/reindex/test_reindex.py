@@ -412,7 +412,7 @@ def test_an_index_without_a_model_or_a_wrong_collection_is_refused(tmp_path: Pat
 
 def test_pictures_that_came_later_are_found_by_key(tmp_path: Path) -> None:
     from hashdist.collection.collection import REVISION, assemble, plan, write_unit
-    from hashdist.collection.listing import described, list_collection
+    from hashdist.collection.listing import list_collection, manifest_fields
     from hashdist.collection.vocabulary import label_numbers
     from hashdist.ground.settings import CollectionSettings
     from hashdist.store.commit import artefact
@@ -424,7 +424,7 @@ def test_pictures_that_came_later_are_found_by_key(tmp_path: Path) -> None:
     planned = plan(listing, 10)
     units = [write_unit(made, unit, planned.reader.scan(unit), 10) for unit in planned.units]
     labels = label_numbers(planned.reader, units)
-    made.publish({**described(listing), **assemble(made, units, salts={}, labels=labels, part_rows=10)})
+    made.publish({**manifest_fields(listing), **assemble(made, units, salts={}, labels=labels, part_rows=10)})
     world.write(base, {"b.png": world.png(1)})
     found = Collection(made).fetch(["a.png", "b.png", "c.png"])
     assert found == {"a.png": world.png(0), "b.png": world.png(1)}

@@ -10,7 +10,8 @@ import hashdist.methods
 from hashdist.collection.listing import list_collection
 from hashdist.collection.readers import FORMATS
 from hashdist.evaluation import measure
-from hashdist.evaluation.experiment import Corpus, Entry, Frame
+from hashdist.evaluation.experiment import Corpus, Experiment, Recipe
+from hashdist.evaluation.measure import Cuts
 from hashdist.ground.errors import InvalidInput
 from hashdist.ground.settings import CollectionSettings, GraphSettings
 from hashdist.index import create_index, open_index
@@ -82,11 +83,11 @@ def corpus() -> Corpus:
 def test_a_method_is_found_by_its_name(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     file = extensions.module("hashdist/methods/halves.py").__file__
     monkeypatch.setattr(hashdist.methods, "__path__", [*hashdist.methods.__path__, str(Path(str(file)).parent)])
-    frame = Frame(corpus, "uniform:40:200", 1, GraphSettings(), cut=50, precision_at=10, recall_at=5)
-    codes_NW = frame.fit(Entry("halves", "halves"), 8).codes
+    experiment = Experiment(corpus, "uniform:40:200", 1, GraphSettings(), cuts=Cuts(50, 10, 5))
+    codes_NW = experiment.fit(Recipe("halves", "halves"), 8).codes
     ones = np.unpackbits(codes_NW, axis=1).mean(0)
     assert (abs(ones - 0.5) < 0.2).all()
-    assert frame.measure(codes_NW)["metrics"]["map@50"] > 0.3
+    assert experiment.measure(codes_NW)["metrics"]["map@50"] > 0.3
 
 
 @pytest.mark.parametrize("where", [None, filters.column("parity", "==", 0)])
@@ -121,7 +122,7 @@ def test_a_metric_is_reported(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -
     rank = extensions.module("hashdist/evaluation/reciprocal.py").reciprocal_rank
     metric = measure.Metric("mrr@{cut}", lambda results, cuts: rank(results.relevant[:, : cuts.cut]))
     monkeypatch.setattr(measure, "METRICS", [*measure.METRICS, metric])
-    frame = Frame(corpus, "uniform:40:200", 1, GraphSettings(), cut=50, precision_at=10, recall_at=5)
-    found = frame.measure(frame.fit(Entry("itq", "itq"), 8).codes)["metrics"]
+    experiment = Experiment(corpus, "uniform:40:200", 1, GraphSettings(), cuts=Cuts(50, 10, 5))
+    found = experiment.measure(experiment.fit(Recipe("itq", "itq"), 8).codes)["metrics"]
     assert found["precision@10"] / 10 < found["mrr@50"] <= 1
     np.testing.assert_allclose(rank(np.array([[False, True, True], [True, False, False], [False] * 3])), [0.5, 1, 0])

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hashdist.collection.collection import KIND, assemble, plan, write_unit
-from hashdist.collection.listing import described, list_collection
+from hashdist.collection.listing import list_collection, manifest_fields
 from hashdist.collection.readers.reader import content_digest
 from hashdist.collection.vocabulary import label_numbers
 from hashdist.ground.settings import CollectionSettings
@@ -219,7 +219,7 @@ def commit_collection(root: str, images: Path) -> Artefact:
     units = [write_unit(made, unit, planned.reader.scan(unit), PART_ROWS) for unit in planned.units]
     labels = label_numbers(planned.reader, units)
     fields = assemble(made, units, salts=planned.salts, labels=labels, part_rows=PART_ROWS)
-    made.publish({"stage": "collection", "inputs": {}, "settings": {}, **described(listing), **fields})
+    made.publish({"stage": "collection", "inputs": {}, "settings": {}, **manifest_fields(listing), **fields})
     return made
 
 

@@ -30,17 +30,17 @@ SCANNED = pa.schema(
 """A row per image in the order of the source; ids without salts where the format only learns its keys by scanning."""
 
 MAX_BYTES = 512 << 20
-"""Of an encoded image: one of decode.MAX_PIXELS is smaller however it is encoded, but anything may lie in a bucket."""
+"""Most bytes of an encoded image: one of decode.MAX_PIXELS is smaller however it is encoded."""
 
 REMOTE_READS = 16
 """Requests at once to a remote store."""
 
 SPAN_BYTES = 8 << 20
-"""Of one request, about, where images lie beside each other in a file."""
+"""Bytes of one request, about, where images lie beside each other in a file."""
 
 
 class Unit(NamedTuple):
-    """A run of rows of one source; what one task scans."""
+    """A run of rows of one source: the work of one task."""
 
     source: int
     start: int
@@ -54,7 +54,7 @@ class Lost(NamedTuple):
 
 
 class RawImage(NamedTuple):
-    """An image as its source holds it; `more`: what the source says beside its bytes, by column of SCANNED."""
+    """An image as its source holds it; `more`: the other columns of SCANNED that the source knows."""
 
     key: str
     data: bytes | Lost
@@ -169,7 +169,7 @@ class ScannedRows:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file lies under a name that begins with a dot, or in what macOS adds to archives."""
+    """Whether a file lies under a name that begins with a dot, or in a folder that macOS adds to archives."""
     if "/." not in name and not name.startswith(".") and "__MACOSX" not in name:
         return False
     return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))

@@ -149,14 +149,14 @@ def _samples(tar: tarfile.TarFile, labels: bool) -> Iterator[_Sample]:
         key = f"{folder}/{stem}" if folder else stem
         if sample is None or sample.key != key:
             if sample is not None:
-                yield _finished(sample)
+                yield _complete(sample)
             sample = _Sample(key, Lost(""))
         sample.take(tar, member, extension.lower(), labels)
     if sample is not None:
-        yield _finished(sample)
+        yield _complete(sample)
 
 
-def _finished(sample: _Sample) -> _Sample:
+def _complete(sample: _Sample) -> _Sample:
     if isinstance(sample.image, Lost) and not sample.image.reason:
         sample.image = Lost(f"no-image: the sample has only {', '.join(sample.others) or 'a label'}")
     return sample

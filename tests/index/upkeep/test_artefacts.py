@@ -70,7 +70,7 @@ def committed_collection(root: str, images: str) -> Artefact:
     units = [collection_module.write_unit(target, unit, planned.reader.scan(unit), 3) for unit in planned.units]
     labels = vocabulary.label_numbers(planned.reader, units)
     fields = collection_module.assemble(target, units, salts=planned.salts, labels=labels, part_rows=3)
-    target.publish({**listing_module.described(listing), **fields, "settings": chosen.identity()})
+    target.publish({**listing_module.manifest_fields(listing), **fields, "settings": chosen.identity()})
     return target
 
 

@@ -242,7 +242,9 @@ def measured(uri: str, count: int) -> dict[str, Any]:
 
     with Spill(LISTED) as images:
         with costs.of("listing"):
-            stage._sort_out(inventory.listed(Listing(count), stage._sample(view)), images, view.salts)
+            stage.sort_out(
+                inventory.list_in_parallel(Listing(count), stage.sample_keys(view)), images, view.salts, "auto"
+            )
         after_listing = anonymous_mb()
         with costs.of("diff"):
             change = stage._difference(images, view)

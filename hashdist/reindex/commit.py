@@ -1,7 +1,6 @@
 """The commit of a re-index: new rows, tombstones, and notes about images without a row."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,87 +10,66 @@ from hashdist.collection.vocabulary import extend_vocabulary, number_labels
 from hashdist.index import Applied, Index
 from hashdist.index.candidate import Gate
 from hashdist.index.notes import FOLDER, SEEN, SOURCES_SUFFIX, last_of_each, write_sources
-from hashdist.store.commit import Artefact
-
-if TYPE_CHECKING:  # brings torch with it, which a listing does without
-    pass
-from hashdist.reindex.encode import ENCODED, Outcome
-from hashdist.reindex.find import Found, collection_of
+from hashdist.reindex.encode import ENCODED, Encoded
+from hashdist.reindex.find import Increment, base_vocabulary
 
 COLUMNS = ["digest", "labels", "size", "stamp"]
-"""What a row keeps beside code, id and key."""
-
-
-# Commit
+"""Columns that a row keeps beside code, id and key."""
 
 
 def commit(
-    index: Index,
-    found: Found,
-    outcome: Outcome,
-    *,
-    vocabulary: Mapping[str, int] | None = None,
-    gate: Gate | None = None,
-    codes: Artefact | None = None,
-    **lineage: Any,
+    index: Index, increment: Increment, encoded: Encoded, *, gate: Gate | None = None, **lineage: Any
 ) -> Applied:
-    """Commit a difference as one version: new rows, tombstones for what changed or is gone, and notes.
+    """Commit an increment as one version: new rows, tombstones for what changed or is gone, and notes.
 
     Args:
         index: opened as the newest version; rows that another writer brought meanwhile with the same content digest
             are not written again.
-        found: what was to be done.
-        outcome: what came of it. Images that failed to encode stay as they are.
-        vocabulary: numbers of the labels that `outcome` has as text, where they are known.
+        increment: what was to be done.
+        encoded: its images. Those that failed to encode stay as they are.
         gate: see `Index.apply`.
-        codes: committed ones that `outcome` took its codes from, if it did.
         lineage: more fields for the manifest.
 
     Returns and raises as `Index.apply`.
     """
-    rows = pa.concat_tables([ENCODED.empty_table(), *outcome.rows])
-    numbers = _vocabulary(index, found, rows) if vocabulary is None else vocabulary
+    rows = pa.concat_tables([ENCODED.empty_table(), *encoded.rows])
+    numbers = _vocabulary(index, increment, encoded, rows)
     columns = rows.select(["digest", "size", "stamp"]).append_column("labels", number_labels(rows, numbers))
     more: dict[str, Any] = {}
-    if index.manifest.get("rerank") is not None or outcome.features:
-        more["rerank"] = np.concatenate(outcome.features) if outcome.features else np.empty((0, 0), np.float16)
-    if dict(numbers) != (index.manifest.get("vocabulary") or {}):
-        lineage["vocabulary"] = dict(numbers)
-    if found.sources and (outcome.rows or outcome.notes or found.change.removed):
+    if index.manifest.get("rerank") is not None or encoded.features:
+        more["rerank"] = np.concatenate(encoded.features) if encoded.features else np.empty((0, 0), np.float16)
+    if numbers != (index.manifest.get("vocabulary") or {}):
+        lineage["vocabulary"] = numbers
+    if increment.sources and (encoded.rows or encoded.notes or increment.change.removed):
         name = index.versions.new_attempt().new(FOLDER, SOURCES_SUFFIX)
-        lineage["sources"] = write_sources(index.store, name, found.sources)
+        lineage["sources"] = write_sources(index.store, name, increment.sources)
+    codes = encoded.artefact
     about = {
         "inputs": {
-            "listing": {"uri": found.uri, "format": found.format},
+            "listing": {"uri": increment.uri, "format": increment.format},
             **({"codes": {"uri": codes.uri, "digest": codes.name}} if codes else {}),
         },
-        "listed_at": found.time,
-        "failed": outcome.failed.total(),
+        "listed_at": increment.time,
+        "failed": encoded.failed.total(),
     }
     return index.apply(
-        np.concatenate([np.empty((0, index.bits // 8), np.uint8), *outcome.codes]),
+        np.concatenate([np.empty((0, index.bits // 8), np.uint8), *encoded.codes]),
         rows["key"].to_pylist(),
         columns.select(COLUMNS),
-        removed=found.change.removed,
+        removed=increment.change.removed,
         model=index.model,
         operation="reindex",
         lineage={**about, **lineage},
         gate=gate,
-        seen=last_of_each([pa.Table.from_pylist(outcome.notes, schema=SEEN)]),
+        seen=last_of_each([pa.Table.from_pylist(encoded.notes, schema=SEEN)]),
         **more,
     )
 
 
-def _vocabulary(index: Index, found: Found, rows: pa.Table) -> dict[str, int]:
+def _vocabulary(index: Index, increment: Increment, encoded: Encoded, rows: pa.Table) -> dict[str, int]:
     """Numbers of labels given as text: those of the collection that the index was built from, new ones after them."""
-    known = base_vocabulary(index)
+    if encoded.vocabulary is not None:
+        return encoded.vocabulary
+    known = base_vocabulary(index.view)
     names = pc.unique(pc.list_flatten(rows["names"])).to_pylist()
-    return extend_vocabulary(known, names, found.reader()) if names else known
-
-
-def base_vocabulary(index: Index) -> dict[str, int]:
-    """The numbers that labels given as text have in this version."""
-    known = index.manifest.get("vocabulary")
-    if known is None:
-        known = (collection_of(index.view) or {}).get("vocabulary", {})
-    return dict(known)
+    return extend_vocabulary(known, names, increment.reader()) if names else known

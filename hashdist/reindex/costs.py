@@ -1,51 +1,52 @@
-"""Costs of a run: seconds, requests and bytes, by phase."""
+"""Costs of a run: seconds, requests to stores and bytes, by phase."""
 
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hashdist.ground import telemetry
-from hashdist.ground.telemetry import NO_TRAFFIC, Traffic
 
-if TYPE_CHECKING:  # brings torch with it, which a listing does without
-    pass
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # brings torch with it, which a listing does without
-    pass
-
-
-# What it costs
+FREE: dict[str, Any] = {"seconds": 0.0, "requests": {}, "read": 0, "written": 0}
+"""Costs of a phase that was not entered."""
 
 
 class Costs:
-    """Seconds, requests to stores and bytes of each phase of a run; a phase within another is counted on its own."""
+    """A clock that runs for one phase at a time: a phase within another stops that one's clock.
+
+    Attributes:
+        phases: seconds, requests by operation, bytes read and bytes written of each phase.
+    """
 
     def __init__(self) -> None:
         self.phases: dict[str, dict[str, Any]] = {}
-        self._within: list[tuple[float, Traffic]] = [(0.0, NO_TRAFFIC)]
+        self._running: str | None = None
+        self._booked = time.perf_counter(), telemetry.traffic()
 
     @contextmanager
     def of(self, phase: str) -> Iterator[None]:
-        """Add what the block costs to a phase."""
-        started, before = time.perf_counter(), telemetry.traffic()
-        self._within.append((0.0, NO_TRAFFIC))
+        """Add the costs of the block to a phase."""
+        outer = self._switch(phase)
         try:
             yield
         finally:
-            seconds, moved = time.perf_counter() - started, telemetry.traffic().since(before)
-            inner_seconds, inner = self._within.pop()
-            outer_seconds, outer = self._within.pop()
-            self._within.append((outer_seconds + seconds, outer.plus(moved)))
-            spent = moved.since(inner)
-            known = self.phases.setdefault(phase, {"seconds": 0.0, "requests": {}, "read": 0, "written": 0})
-            known["seconds"] += seconds - inner_seconds
-            known["requests"] = dict(Counter(known["requests"]) + spent.requests)
-            known["read"] += spent.read
-            known["written"] += spent.written
+            self._switch(outer)
+
+    def _switch(self, phase: str | None) -> str | None:
+        """Book what has been spent on the phase that runs, and let another one run; returns the first."""
+        before, (then, moved_then) = self._running, self._booked
+        self._running, self._booked = phase, (time.perf_counter(), telemetry.traffic())
+        if before is not None:
+            now, moved = self._booked
+            spent, known = moved.since(moved_then), self.phases.get(before, FREE)
+            self.phases[before] = {
+                "seconds": known["seconds"] + now - then,
+                "requests": dict(Counter(known["requests"]) + spent.requests),
+                "read": known["read"] + spent.read,
+                "written": known["written"] + spent.written,
+            }
+        return before
 
     def line(self) -> str:
         """All in one line."""
@@ -62,6 +63,3 @@ class Costs:
             f"  {' '.join(f'{op} {count}' for op, count in sorted(cost['requests'].items()))}"
             for name, cost in self.phases.items()
         ]
-
-
-AT_ONCE = 8192  # rows of the difference as Python values at a time

@@ -13,19 +13,16 @@ from numpy.typing import NDArray
 from hashdist.collection.readers.reader import SCANNED, Lost, Reader, content_digest
 from hashdist.ground.schema import OK, UNREADABLE, UNUSABLE, slug
 from hashdist.reindex.difference import Difference
+from hashdist.reindex.find import AT_ONCE, Increment
+from hashdist.store.commit import Artefact
 
 if TYPE_CHECKING:  # brings torch with it, which a listing does without
     from hashdist.models.model import Model
-from hashdist.reindex.costs import AT_ONCE
-from hashdist.reindex.find import Found
 
 SAMPLE = 32
 """Images that are encoded first, to tell how long the others will take."""
 
 _NOT_FINITE = "not-finite"
-
-
-# Encoding here
 
 
 ENCODED = pa.schema(
@@ -34,14 +31,14 @@ ENCODED = pa.schema(
         *(SCANNED.field(name) for name in ("digest", "labels", "size", "stamp", "names")),
     ]
 )
-"""What is known of an image beside its code: `names` are labels given as text."""
+"""Columns of an image beside its code: `names` are labels given as text."""
 
 Row = dict[str, Any]
 
 
 @dataclass
-class Outcome:
-    """What has come of the images of a difference so far.
+class Encoded:
+    """Images of an increment that are encoded so far, and notes about the others.
 
     Attributes:
         rows: ENCODED, of those that have a code.
@@ -49,6 +46,8 @@ class Outcome:
         features: theirs, [n, D], where they are asked for.
         notes: SEEN, about those that have no code, or need none.
         failed: how many have none, by reason.
+        vocabulary: numbers of labels given as text, where `rows` has numbers already.
+        artefact: the committed codes that `codes` come from, if they do.
     """
 
     rows: list[pa.Table] = field(default_factory=list)
@@ -56,6 +55,8 @@ class Outcome:
     features: list[NDArray[Any]] = field(default_factory=list)
     notes: list[Row] = field(default_factory=list)
     failed: Counter[str] = field(default_factory=Counter)
+    vocabulary: dict[str, int] | None = None
+    artefact: Artefact | None = None
 
     def same(self, row: Row, digest: str) -> None:
         """An image whose row is right as it is."""
@@ -72,7 +73,7 @@ class Outcome:
         self.notes.append({**about, "digest": digest, "status": status, "reason": reason})
 
 
-def to_look_at(change: Difference) -> pa.Table:
+def rows_to_read(change: Difference) -> pa.Table:
     """The images that are new or touched, in the order in which their sources are read."""
     new = change.new.append_column("indexed_digest", pa.nulls(len(change.new), pa.string()))
     rows = pa.concat_tables([change.touched, new])
@@ -80,54 +81,54 @@ def to_look_at(change: Difference) -> pa.Table:
     return rows.sort_by([("source", "ascending"), ("position", "ascending")]) if in_files else rows
 
 
-def differing(found: Found, rows: pa.Table, outcome: Outcome) -> pa.Table:
-    """Those of the rows that are new, or whose bytes differ; `outcome` is told about the others."""
+def differing(increment: Increment, rows: pa.Table, encoded: Encoded) -> pa.Table:
+    """Those of the rows that are new, or whose bytes differ; the others are noted in `encoded`."""
     if "digest" in rows.column_names:  # of parquet files and tars, which were read for it
         fine = pc.equal(rows["status"], OK)
         for row in rows.filter(pc.invert(fine)).to_pylist():
-            outcome.bad(row, None, row["reason"])
+            encoded.bad(row, None, row["reason"])
         same = pc.fill_null(pc.equal(rows["digest"], rows["indexed_digest"]), False)
         for row in rows.filter(pc.and_(fine, same)).to_pylist():
-            outcome.same(row, row["digest"])
+            encoded.same(row, row["digest"])
         return rows.filter(pc.and_(fine, pc.invert(same)))
     indexed = pc.is_valid(rows["indexed_digest"])
-    ids = [row["id"] for row, _ in pictures(found, rows.filter(indexed), outcome)]
+    ids = [row["id"] for row, _ in pictures(increment, rows.filter(indexed), encoded)]
     return rows.filter(pc.or_(pc.invert(indexed), pc.is_in(rows["id"], pa.array(ids, pa.int64()))))
 
 
-def pictures(found: Found, rows: pa.Table, outcome: Outcome) -> Iterator[tuple[Row, bytes]]:
-    """The images that have to be encoded, with their bytes, each read once; `outcome` is told about the others.
+def pictures(increment: Increment, rows: pa.Table, encoded: Encoded) -> Iterator[tuple[Row, bytes]]:
+    """The images that have to be encoded, with their bytes, each read once; the others are noted in `encoded`.
 
     `row["digest"]` is that of the bytes that come with it.
     """
-    reader = found.reader() if len(rows) else None
+    reader = increment.reader() if len(rows) else None
     for start in range(0, len(rows), AT_ONCE):
         some = rows.slice(start, AT_ONCE)
-        read = _by_key(reader, some) if reader and reader.files_are_images else _from_files(reader, some)
+        read = _read_by_key(reader, some) if reader and reader.files_are_images else _read_files(reader, some)
         for row, data in read:
             if isinstance(data, Lost):
-                outcome.bad(row, None, data.reason)
+                encoded.bad(row, None, data.reason)
                 continue
             digest = content_digest(data)
             if digest == row["indexed_digest"]:
-                outcome.same(row, digest)
+                encoded.same(row, digest)
             else:
                 yield {**row, "digest": digest}, data
 
 
-def _by_key(reader: Reader, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
+def _read_by_key(reader: Reader, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
     for row, image in zip(rows.to_pylist(), reader.read_keys(rows["key"].to_pylist()), strict=True):
         yield {**row, "names": image.more.get("names"), "labels": image.more.get("labels")}, image.data
 
 
-def _from_files(reader: Reader | None, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
+def _read_files(reader: Reader | None, rows: pa.Table) -> Iterator[tuple[Row, bytes | Lost]]:
     assert reader is not None
     for source in pc.unique(rows["source"]).to_pylist():
         here = rows.filter(pc.equal(rows["source"], source))
         yield from zip(here.to_pylist(), reader.read(here.select(SCANNED.names)), strict=True)
 
 
-def encode(model: "Model", images: Iterable[tuple[Row, bytes]], outcome: Outcome, *, features: bool) -> int:
+def encode(model: "Model", images: Iterable[tuple[Row, bytes]], encoded: Encoded, *, features: bool) -> int:
     """Encode images in this process; returns how many. A code is the same bits as the stages' own (decision S10)."""
     rows: list[Row] = []
 
@@ -136,25 +137,22 @@ def encode(model: "Model", images: Iterable[tuple[Row, bytes]], outcome: Outcome
             rows.append(row)
             yield data
 
-    encoded = model.encode_readable(passing(), keep_features=features)
-    good = [number for number, reason in enumerate(encoded.reasons) if reason is None]
-    for row, reason in zip(rows, encoded.reasons, strict=True):
+    found = model.encode_readable(passing(), keep_features=features)
+    good = [number for number, reason in enumerate(found.reasons) if reason is None]
+    for row, reason in zip(rows, found.reasons, strict=True):
         if reason is not None:
-            outcome.bad(row, row["digest"], reason)
+            encoded.bad(row, row["digest"], reason)
     kept = [{name: rows[number][name] for name in ENCODED.names} for number in good]
-    outcome.rows.append(pa.Table.from_pylist(kept, schema=ENCODED))
-    outcome.codes.append(encoded.codes[good])
-    if encoded.features is not None:
-        outcome.features.append(encoded.features[good])
+    encoded.rows.append(pa.Table.from_pylist(kept, schema=ENCODED))
+    encoded.codes.append(found.codes[good])
+    if found.features is not None:
+        encoded.features.append(found.features[good])
     return len(rows)
 
 
-# The plan
-
-
-def estimate(found: Found, images_per_s: float | None = None) -> dict[str, Any]:
-    """What a run is going to cost, as far as it can be told before: counts, bytes, requests; seconds from a speed."""
-    change = found.change
+def estimate(increment: Increment, images_per_s: float | None = None) -> dict[str, Any]:
+    """The plan of a run: counts, bytes and requests that it is going to cost; seconds where a speed is given."""
+    change = increment.change
     look = len(change.new) + len(change.touched)
     # four files of a shard, notes about what turns out to be the same, a tombstone, and the manifest
     hides = bool(change.removed or len(change.touched))
@@ -165,7 +163,7 @@ def estimate(found: Found, images_per_s: float | None = None) -> dict[str, Any]:
         "removed": len(change.removed),
         "unchanged": change.unchanged,
         "read_bytes": sum(int(pc.sum(rows["size"]).as_py() or 0) for rows in (change.new, change.touched)),
-        "get_requests": look if found.files_are_images else len(found.files),
+        "get_requests": look if increment.files_are_images else len(increment.files),
         "put_requests": files,
         "images_per_s": round(images_per_s, 1) if images_per_s else None,
         "seconds": round(look / images_per_s, 6) if images_per_s else None,

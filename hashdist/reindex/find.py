@@ -1,16 +1,7 @@
-"""Stage: growth. An index follows its collection: only what was added or changed is read and encoded, in one commit.
+"""The first two steps of a re-index: list the collection, and compare it with the index.
 
-1. list: names, sizes and stamps, by LIST, from an S3 Inventory, or from a list of changes
-   (hashdist/reindex/inventory.py). A parquet file or tar that is there as it was is not opened; one that is new or
-   changed is read once, for digests.
-2. diff: by key, size and stamp against the index (hashdist/reindex/difference.py).
-3. encode: images that are new, and those whose bytes differ by content digest. Here: up to a few thousand, in this
-   process, with the model itself; hashdist/reindex/run.py takes the feature and encoding stages for more.
-4. commit: new rows, tombstones for what changed or is gone, and notes about images that get no row.
-
-An image whose stamp changed and whose bytes did not is noted with its new stamp (hashdist/index/notes.py); its row
-stays where it is. So is one that no code can be made of. Either is left alone from then on, until its stamp changes
-again.
+A parquet file or tar that is there as it was is not opened; one that is new or changed is read once, for digests.
+Images of a folder are not read.
 """
 
 import time
@@ -18,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,28 +41,26 @@ from hashdist.index import Index
 from hashdist.index.notes import read_sources
 from hashdist.index.view import View
 from hashdist.reindex import inventory
+from hashdist.reindex.costs import Costs
 from hashdist.reindex.difference import Difference, Spill, difference
 from hashdist.reindex.inventory import LISTED
 from hashdist.store import Entry, Store
 from hashdist.store.commit import open_artefact
 
-if TYPE_CHECKING:  # brings torch with it, which a listing does without
-    pass
-from hashdist.reindex.costs import AT_ONCE, Costs
-
 _IMAGES = "folder"  # the format whose keys a list of changes names
 KNOWN = pa.schema([("digest", pa.string()), ("size", pa.int64()), ("stamp", pa.string())])
-"""What of it a re-index compares."""
+"""Columns of a row that a re-index compares."""
+
+AT_ONCE = 8192
+"""Rows of the difference that are Python values at a time."""
+
 _SAMPLED_KEYS = 4096
 _SCANS = 4  # units of parquet files or tars read at once
 
 
-# Listing and diff
-
-
 @dataclass(frozen=True)
-class Found:
-    """What a listing found, and what is to be done about it.
+class Increment:
+    """A collection as it is listed now, and its difference from the index.
 
     Attributes:
         uri: of the collection.
@@ -100,7 +89,7 @@ class Found:
         return FORMATS[self.format].files_are_images
 
     def reader(self) -> Reader:
-        """Of the opened files; where files are images, of any image by its key."""
+        """Reader of the opened files; where files are images, of any image by its key."""
         return FORMATS[self.format].open(self.store, self.files, **self.options)
 
     def listing(self, rows: pa.Table) -> Listing:
@@ -112,8 +101,8 @@ class Found:
 
     def plan(self, rows: pa.Table, part_rows: int, salts: Mapping[str, int]) -> ScanPlan:
         """How the stages read these images, or the opened files that they are in."""
-        found = replace(self, files=_entries(rows)) if self.files_are_images else self
-        reader = found.reader()
+        read = replace(self, files=_entries(rows)) if self.files_are_images else self
+        reader = read.reader()
         mine = set(rows["key"].to_pylist()) & salts.keys()
         return ScanPlan(reader, reader.units(part_rows), {key: salts[key] for key in mine})
 
@@ -124,7 +113,7 @@ def _entries(rows: pa.Table) -> list[Entry]:
     return [Entry(key, size, stamp, 0.0) for key, size, stamp in zip(*columns, strict=True)]
 
 
-def find(settings: Settings, index: Index, options: ReindexOptions, costs: Costs) -> Found:
+def find(settings: Settings, index: Index, options: ReindexOptions, costs: Costs) -> Increment:
     """List the collection and compare it with the index's present version. Reads no image of a folder.
 
     Raises InvalidInput for a collection that is missing, empty or of mixed formats; as `read_inventory` and
@@ -147,15 +136,15 @@ def find(settings: Settings, index: Index, options: ReindexOptions, costs: Costs
         return replace(listing, listed=images.rows, change=change)
 
 
-def _list(settings: CollectionSettings, options: ReindexOptions, view: View, images: Spill) -> Found:
+def _list(settings: CollectionSettings, options: ReindexOptions, view: View, images: Spill) -> Increment:
     """Names, sizes and stamps: of images into `images`, of parquet files and tars into what is returned."""
     store, started = named_store(settings), time.time()
     if options.inventory:
         report = inventory.read_inventory(options.inventory, store)
-        started, blocks = _newer(report.time, view, options.inventory) or started, report.blocks
+        started, blocks = _time_after(report.time, view, options.inventory) or started, report.blocks
     else:
-        blocks = inventory.listed(store, _sample(view))
-    names = _sort_out(blocks, images, view.salts, settings.format)
+        blocks = inventory.list_in_parallel(store, sample_keys(view))
+    names = sort_out(blocks, images, view.salts, settings.format)
     uri = store.uri
     folder, name = split_file(store)
     if name and not names.counts and not names.others:
@@ -164,25 +153,25 @@ def _list(settings: CollectionSettings, options: ReindexOptions, view: View, ima
     chosen = chosen_format(uri, names.counts, names.others, settings)
     files = sorted(names.files.get(chosen, []))
     sources = [source_stamp(entry) for entry in files]
-    return Found(uri, chosen, store, files, sources, reading_options(settings, chosen), 0, _NOTHING, started)
+    return Increment(uri, chosen, store, files, sources, reading_options(settings, chosen), 0, _NOTHING, started)
 
 
-def _find_in_files(listing: Found, view: View, options: ReindexOptions, costs: Costs) -> Found:
+def _find_in_files(listing: Increment, view: View, options: ReindexOptions, costs: Costs) -> Increment:
     """The images of parquet files and tars: those that the index knows as they are stay shut."""
     known = _known_sources(view, retry_failed=options.retry_failed)
     opened = [entry for entry in listing.files if source_stamp(entry) not in known]
-    found = replace(listing, files=opened)
+    increment = replace(listing, files=opened)
     with Spill(SCANNED) as rows:
         with costs.of("listing"):
-            _scan(found, rows, view.salts)
+            _scan(increment, rows, view.salts)
         with costs.of("diff"):
             shut = known.intersection(listing.sources)
             change = _difference(rows, view, sources=shut, retry_failed=options.retry_failed)
     count = len(change.new) + len(change.touched) + change.unchanged + change.failed
-    return replace(found, listed=count, change=change)
+    return replace(increment, listed=count, change=change)
 
 
-def _find_changes(settings: Settings, view: View, options: ReindexOptions, costs: Costs) -> Found:
+def _find_changes(settings: Settings, view: View, options: ReindexOptions, costs: Costs) -> Increment:
     """As `find`, for the images that a list of changes names; about others nothing is asked."""
     store, started = named_store(settings.collection), time.time()
     if settings.collection.format not in ("auto", _IMAGES) or _format_of(view) not in (None, _IMAGES):
@@ -194,13 +183,13 @@ def _find_changes(settings: Settings, view: View, options: ReindexOptions, costs
         with costs.of("listing"):
             changes = inventory.read_changes(options.changes)
             put = [key for key in changes.put if kinds_of([Entry(key, 0, "", 0.0)])[_IMAGES] and not is_hidden(key)]
-            for block in inventory.looked_up(store, put):
-                images.add(inventory.table(block, view.salts))
+            for block in inventory.look_up(store, put):
+                images.add(inventory.listed_rows(block, view.salts))
         with costs.of("diff"):
             indexed = _rows_of(view, [*put, *changes.deleted])
             change = _difference(images, view, indexed=indexed, retry_failed=options.retry_failed)
     reading = reading_options(settings.collection, _IMAGES)
-    return Found(store.uri, _IMAGES, store, [], [], reading, images.rows, change, started)
+    return Increment(store.uri, _IMAGES, store, [], [], reading, images.rows, change, started)
 
 
 def _rows_of(view: View, keys: list[str]) -> pa.Table:
@@ -243,7 +232,7 @@ class _Names:
                 self.files.setdefault(kind, []).extend(entries)
 
 
-def _sort_out(blocks: Iterable[list[Entry]], images: Spill, salts: Mapping[str, int], wanted: str) -> _Names:
+def sort_out(blocks: Iterable[list[Entry]], images: Spill, salts: Mapping[str, int], wanted: str) -> _Names:
     """Image files into `images`, the rest into what is returned; hidden files nowhere."""
     names = _Names()
     for block in blocks:
@@ -252,12 +241,12 @@ def _sort_out(blocks: Iterable[list[Entry]], images: Spill, salts: Mapping[str, 
         names.take(kinds)
         for kind, entries in kinds.items():
             if entries and FORMATS[kind].files_are_images and wanted in ("auto", kind):
-                images.add(inventory.table(entries, salts))
+                images.add(inventory.listed_rows(entries, salts))
         names.others = names.others or plain[:100]
     return names
 
 
-def _newer(created: float | None, view: View, uri: str) -> float | None:
+def _time_after(created: float | None, view: View, uri: str) -> float | None:
     """The time of an inventory. Raises InvalidInput if the index has seen the collection later than that."""
     seen = view.manifest.get("listed_at")
     if created is not None and seen is not None and created < seen:
@@ -268,7 +257,7 @@ def _newer(created: float | None, view: View, uri: str) -> float | None:
     return created
 
 
-def _sample(view: View) -> list[str]:
+def sample_keys(view: View) -> list[str]:
     """Keys of the smallest ids of every shard: ids are hashes, so these lie evenly among all keys."""
     rows = max(1, sum(shard.rows for shard in view.shards))
     counts = [-(-_SAMPLED_KEYS * shard.rows // rows) for shard in view.shards]
@@ -289,24 +278,32 @@ def _known_sources(view: View, *, retry_failed: bool) -> set[str]:
     return known
 
 
-def _scan(found: Found, rows: Spill, salts: Mapping[str, int]) -> None:
+def _scan(increment: Increment, rows: Spill, salts: Mapping[str, int]) -> None:
     """Every image of the opened files, read once for its digest."""
-    if found.files:
-        reader = found.reader()
+    if increment.files:
+        reader = increment.reader()
         for table in in_order(reader.scan, reader.units(AT_ONCE), _SCANS):
             rows.add(apply_salts(table, salts))
 
 
 def _format_of(view: View) -> str | None:
     """Format of the collection that the index was built from; None where none is known."""
-    manifest = collection_of(view)
+    manifest = _collection_of(view)
     return manifest["format"] if manifest else None
 
 
-def collection_of(view: View) -> dict[str, Any] | None:
+def _collection_of(view: View) -> dict[str, Any] | None:
     """The manifest of the collection that an index was built from, if it is still there."""
     uri = view.manifest.get("collection")
     try:
         return open_artefact(uri, KIND).manifest() if uri else None
     except HashdistError:  # deleted, or never one of ours: it only tells the numbers of labels and the format
         return None
+
+
+def base_vocabulary(view: View) -> dict[str, int]:
+    """The numbers that labels given as text have in this version."""
+    known = view.manifest.get("vocabulary")
+    if known is None:
+        known = (_collection_of(view) or {}).get("vocabulary", {})
+    return dict(known)

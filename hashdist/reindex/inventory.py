@@ -1,5 +1,5 @@
-"""What objects a collection consists of now, in blocks and in bounded memory: by LIST, from an S3 Inventory, or by a
-list of changes.
+"""Objects of a collection as it is now, in blocks and in bounded memory: by LIST, from an S3 Inventory, or by a list
+of changes.
 
 A LIST is cut at keys that are known to lie evenly among the names (the index has them), and the ranges are listed at
 the same time; so it needs no folders to be parallel. An inventory is a report that S3 writes once a day
@@ -50,7 +50,7 @@ _OPS: dict[str, Op] = {
 Blocks = Iterator[list[Entry]]
 
 
-def listed(store: Store, sample: Sequence[str] = ()) -> Blocks:
+def list_in_parallel(store: Store, sample: Sequence[str] = ()) -> Blocks:
     """Every object of a store, in blocks, in no order; as many LISTs at once as `sample` allows.
 
     Args:
@@ -96,7 +96,7 @@ def _block(entries: Iterator[Entry]) -> list[Entry]:
     return list(islice(entries, BLOCK))
 
 
-def table(entries: Sequence[Entry], salts: Mapping[str, int]) -> pa.Table:
+def listed_rows(entries: Sequence[Entry], salts: Mapping[str, int]) -> pa.Table:
     """Entries of image files as rows LISTED.
 
     Names that are not UTF-8 cannot be keys; escaped, they are rows that will not be found.
@@ -149,16 +149,16 @@ def read_inventory(uri: str, collection: Store) -> Inventory:
     created = manifest.get("creationTimestamp")
 
     def blocks() -> Blocks:
-        for data in in_order(lambda file: _beside(store, name, file["key"]), files, 2):
+        for data in in_order(lambda file: _file_of(store, name, file["key"]), files, 2):
             rows = _parquet_rows(data, uri) if form == "parquet" else _csv_rows(data, columns, uri)
-            entries = (entry for row in rows if (entry := _inventoried(row, prefix)))
+            entries = (entry for row in rows if (entry := _entry_of(row, prefix)))
             while block := list(islice(entries, BLOCK)):
                 yield block
 
     return Inventory(float(created) / 1000 if created else None, blocks())
 
 
-def _beside(store: Store, manifest: str, key: str) -> bytes:
+def _file_of(store: Store, manifest: str, key: str) -> bytes:
     """A file of an inventory: under its key in the destination bucket, else beside the manifest or in ../data."""
     file, bucket = key.rpartition("/")[2], store.bucket()
     places = [(store, key), (store, file), (store.as_file()[0], f"data/{file}")]
@@ -200,7 +200,7 @@ def _require(columns: Sequence[str], uri: str) -> None:
         )
 
 
-def _inventoried(row: Mapping[str, Any], prefix: str) -> Entry | None:
+def _entry_of(row: Mapping[str, Any], prefix: str) -> Entry | None:
     """The entry of a row under the prefix; None for others, for old versions and for marks of deletion."""
     name = row["Key"]
     old = str(row.get("IsLatest", "true")).lower() == "false" or str(row.get("IsDeleteMarker", "")).lower() == "true"
@@ -260,7 +260,7 @@ def _parquet_changes(data: bytes, uri: str) -> Iterator[tuple[str, str]]:
         yield str(op), str(key or "")
 
 
-def looked_up(store: Store, names: Iterable[str]) -> Blocks:
+def look_up(store: Store, names: Iterable[str]) -> Blocks:
     """The entries of these objects, a request each, many at once; those that do not exist are left out."""
 
     def stat(name: str) -> Entry | None:

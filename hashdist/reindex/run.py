@@ -1,40 +1,41 @@
-"""Growth: `hashdist reindex`, what a cron runs. An index follows its collection, and only the difference is encoded.
+"""`hashdist reindex`, run by a cron: an index follows its collection; only the difference is encoded, in one commit.
 
-The four steps are in hashdist/reindex/find.py. Here stands what surrounds them: the plan, the way of encoding (in
-this process, or through Ray for many images), the gate and the drift watch before the commit, compaction after it, and
-what is printed. Ray and torch are imported only where they are needed: a cron that finds nothing new needs neither.
+1. find (find.py): names, sizes and stamps by LIST, from an S3 Inventory, or from a list of changes (inventory.py),
+   compared by key, size and stamp with the index (difference.py).
+2. encode: images that are new, and those whose bytes differ by content digest. Up to a few thousand in this process
+   (encode.py), more through the stages on Ray (on_ray.py).
+3. commit (commit.py), behind the gate and the drift watch: new rows, tombstones for what changed or is gone, and notes
+   about images that get no row. Compaction follows where it is due.
+
+An image whose stamp changed and whose bytes did not is noted with its new stamp (hashdist/index/notes.py); its row
+stays where it is. So is one that no code can be made of. Either is left alone from then on, until its stamp changes
+again. Ray and torch are imported only where they are needed: a cron that finds nothing new needs neither.
 """
 
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from functools import cached_property
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from hashdist.collection.collection import KIND, subset
 from hashdist.evaluation import drift
 from hashdist.ground import exporting, telemetry
 from hashdist.ground.errors import Conflict, InvalidInput, Refused
 from hashdist.ground.options import ReindexOptions
 from hashdist.ground.progress import say
-from hashdist.ground.schema import OK, from_vectors
+from hashdist.ground.schema import OK
 from hashdist.ground.settings import Settings
 from hashdist.index import Applied, open_index
 from hashdist.index.pins import pinned
 from hashdist.index.upkeep import compaction
 from hashdist.reindex import commit, encode, find
-from hashdist.reindex.costs import Costs
-from hashdist.reindex.encode import Outcome
-from hashdist.reindex.find import Found
-from hashdist.store import open_store
-from hashdist.store.commit import Artefact, artefact, open_artefact, read_table
-from hashdist.store.vectors import read_vectors, vectors
+from hashdist.reindex.costs import FREE, Costs
+from hashdist.reindex.encode import Encoded
+from hashdist.reindex.find import Increment
 
 if TYPE_CHECKING:
     from hashdist.models.model import Model
@@ -45,30 +46,29 @@ _TRIES = 3  # runs from the start, where another writer changed what this one ha
 def reindex(settings: Settings, options: ReindexOptions | None = None) -> dict[str, Any]:
     """Compare the collection with the index, encode the difference with the index's own model, commit one version.
 
-    Nothing new: no commit. Returns counts, the plan beside what it came to, and what each phase cost.
+    Nothing new: no commit. Returns counts, the plan beside what it came to, and the costs of each phase.
 
     Raises:
         InvalidInput: the index does not name the model that made it; settings or sources that do not fit.
         Conflict: other writers were always first. Refused: the gate did not pass; the result waits as a candidate.
     """
-    measured = nullcontext() if options and options.plan else telemetry.run_of("reindex")
+    options = options or ReindexOptions()
+    measured = nullcontext() if options.plan else telemetry.run_of("reindex")
     with exporting.exported(settings.metrics), measured:
-        for left in reversed(range(_TRIES)):
+        for _ in range(_TRIES - 1):
             try:
-                return _Run(settings, options or ReindexOptions()).go()
+                return _Reindex(settings, options).run()
             except Conflict as error:
-                if not left:
-                    raise
                 say(f"reindex: {error}; starting again")
-    raise AssertionError
+        return _Reindex(settings, options).run()
 
 
-class _Run:
+class _Reindex:
     """One run upon the newest version."""
 
     def __init__(self, settings: Settings, options: ReindexOptions) -> None:
         self.settings, self.options = settings, options
-        self.started, self.costs, self.outcome = time.perf_counter(), Costs(), Outcome()
+        self.started, self.costs, self.encoded = time.perf_counter(), Costs(), Encoded()
         self.index = open_index(settings.index.location(settings.root))
         if not self.index.model_uri:
             raise InvalidInput(
@@ -77,142 +77,92 @@ class _Run:
         self.version = self.index.version
         empty = not self.index.manifest["shards"]  # the first rows decide whether features are kept
         self.features = self.index.manifest.get("rerank") is not None or (empty and settings.index.rerank)
-        self.vocabulary: dict[str, int] | None = None
-        self.model: Model
-        self.codes: Artefact | None = None
         self.result: dict[str, Any] = {}
 
-    def go(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """List, diff, encode, commit; or, for a plan, no more than a sample."""
-        found = find.find(self.settings, self.index, self.options, self.costs)
-        plan = encode.estimate(found)
+        increment = find.find(self.settings, self.index, self.options, self.costs)
+        plan = encode.estimate(increment)
         if self.options.plan:
             with self.costs.of("sample"):
-                plan = encode.estimate(found, self._sampled(found))
-            return self._said(found, plan, None, "the plan; nothing was done")
-        if found.change.nothing:
-            return self._said(found, plan, None, "nothing new")
+                plan = encode.estimate(increment, self._sample_speed(increment))
+            return self._report(increment, plan, None, "the plan; nothing was done")
+        if increment.change.nothing:
+            return self._report(increment, plan, None, "nothing new")
         with pinned(self.index):  # encoding may take longer than a clean-up waits
             with self.costs.of("encode"):
-                plan = self._encode(found, plan)
+                plan = self._encode(increment, plan)
             try:
                 with self.costs.of("commit"):
-                    applied = self._commit(found)
+                    applied = self._commit(increment)
             except Refused:
-                say(f"reindex: {self._counted()} images encoded ({self.costs.line()})")
+                say(f"reindex: {self._count()} images encoded ({self.costs.line()})")
                 raise
         if applied.version == self.version:
-            return self._said(found, plan, applied, "nothing new")
+            return self._report(increment, plan, applied, "nothing new")
         self.result["compacted"] = self._compact()
-        return self._said(
-            found, plan, applied, f"{applied.added} added, {applied.replaced} changed, {applied.removed} removed"
-        )
+        summary = f"{applied.added} added, {applied.replaced} changed, {applied.removed} removed"
+        return self._report(increment, plan, applied, summary)
 
     # Encoding
 
-    def _sampled(self, found: Found) -> float | None:
-        """Images a second of a sample, reading included; nothing is kept of it."""
-        scratch = Outcome()
-        rows = encode.to_look_at(found.change).slice(0, encode.SAMPLE)
-        return self._first(encode.pictures(found, rows, scratch), scratch)
-
-    def _first(self, images: Iterator[tuple[encode.Row, bytes]], outcome: Outcome) -> float | None:
-        """Encode the first images; returns how many a second, None if there are none. The model is loaded before."""
-        first = next(images, None)
-        if first is None:
-            return None
+    @cached_property
+    def _model(self) -> "Model":
+        """The index's own model, with its backbone and its head open."""
         with self.costs.of("model"):
             from hashdist.models.model import load_model
 
-            self.model = load_model(str(self.index.model_uri))
-            self.model.encode_readable([])  # opens the backbone
-            self.model.encode_features(np.empty((0, self.model.width), np.float32))  # opens the head
+            model = load_model(str(self.index.model_uri))
+            model.encode_readable([])  # opens the backbone
+            model.encode_features(np.empty((0, model.width), np.float32))  # opens the head
+        return model
+
+    def _sample_speed(self, increment: Increment) -> float | None:
+        """Images a second of a sample, reading included; nothing is kept of it."""
+        scratch = Encoded()
+        rows = encode.rows_to_read(increment.change).slice(0, encode.SAMPLE)
+        return self._encode_first(encode.pictures(increment, rows, scratch), scratch)
+
+    def _encode_first(self, images: Iterator[tuple[encode.Row, bytes]], encoded: Encoded) -> float | None:
+        """Encode the first images; returns how many a second, None if there are none."""
+        first = next(images, None)
+        if first is None:
+            return None
+        model = self._model  # loaded before the clock runs
         started = time.perf_counter()
-        count = encode.encode(
-            self.model, islice(chain([first], images), encode.SAMPLE), outcome, features=self.features
-        )
+        some = islice(chain([first], images), encode.SAMPLE)
+        count = encode.encode(model, some, encoded, features=self.features)
         return count / (time.perf_counter() - started)
 
-    def _encode(self, found: Found, plan: dict[str, Any]) -> dict[str, Any]:
+    def _encode(self, increment: Increment, plan: dict[str, Any]) -> dict[str, Any]:
         """Codes of the difference; returns the plan with the seconds that its first images foretell."""
-        rows = encode.to_look_at(found.change)
-        if found.files or len(rows) > self.options.in_process:
-            rows = encode.differing(found, rows, self.outcome)
+        rows = encode.rows_to_read(increment.change)
+        if increment.files or len(rows) > self.options.in_process:
+            rows = encode.differing(increment, rows, self.encoded)
         if len(rows) > self.options.in_process:
-            self._encode_on_ray(found, rows)
+            from hashdist.reindex.on_ray import encode_on_ray
+
+            encode_on_ray(self.settings, self.index, increment, rows, self.encoded, features=self.features)
             return plan
-        images = encode.pictures(found, rows, self.outcome)
-        rate = self._first(images, self.outcome)
+        images = encode.pictures(increment, rows, self.encoded)
+        rate = self._encode_first(images, self.encoded)
         if rate is None:
             return plan
-        encode.encode(self.model, images, self.outcome, features=self.features)
-        return encode.estimate(found, rate)
-
-    def _encode_on_ray(self, found: Found, rows: pa.Table) -> None:
-        """Through the stages, as a collection of its own: what is committed on the way is found by a later run."""
-        from hashdist.stages import collection, features  # these bring Ray along
-        from hashdist.stages import encode as encode_stage
-        from hashdist.stages.cluster.session import session
-
-        index, root, part_rows = self.index, open_store(self.settings.root), self.settings.collection.part_rows
-        model = open_artefact(str(index.model_uri), "models")
-        ready = replace(self.settings, train=replace(self.settings.train, mode=model.manifest()["mode"]))
-        with session(self.settings.cluster):
-            listing = found.listing(rows)
-            inputs = {"uri": listing.uri, "listing": listing.digest}
-            whole = artefact(root, KIND, inputs=inputs, settings={"part_rows": part_rows}, revision=collection.REVISION)
-            if not whole.exists():
-                planned = found.plan(rows, part_rows, index.view.salts)
-                collection.commit_plan(ready, whole, planned, listing, commit.base_vocabulary(index))
-            part = subset(root, whole, rows["id"].to_pylist()) if found.files else whole
-            # the features stage also in images mode where features are kept, so that all rows have the same ones
-            of_images = model.manifest()["mode"] == "images"
-            made = None if of_images else open_artefact(features.run(ready, part)["snapshot"], "features")
-            codes = open_artefact(encode_stage.run(ready, model, made or part)["snapshot"], "codes")
-        self.vocabulary = dict(whole.manifest()["vocabulary"])
-        self.codes = codes
-        self._take(part, codes, made)
-
-    def _take(self, part: Artefact, codes: Artefact, features: Artefact | None) -> None:
-        """Committed codes into the outcome, with size and stamp as they were listed."""
-        listed = pa.concat_tables(
-            read_table(part.store, file, ["id", "size", "stamp"]) for file in part.manifest()["files"]
-        )
-        rows = pa.concat_tables(vectors(codes, "code")).sort_by("id")
-        places = pa.array(np.searchsorted(listed["id"].to_numpy(), rows["id"].to_numpy()))
-        for name in ("size", "stamp"):
-            rows = rows.append_column(name, listed[name].take(places))
-        good = pc.equal(rows["status"], OK)
-        for row in rows.filter(pc.invert(good)).drop_columns("code").to_pylist():
-            self.outcome.bad(row, row["digest"], row["reason"])
-        kept = rows.filter(good)
-        self.outcome.codes.append(np.asarray(from_vectors(kept["code"], kept.schema), np.uint8))
-        kept = kept.append_column("names", pa.nulls(len(kept), pa.list_(pa.string())))
-        self.outcome.rows.append(kept.select(encode.ENCODED.names).cast(encode.ENCODED))
-        if self.features and features is not None:
-            found = read_vectors(features, ["feature"], kept["id"].to_numpy())
-            self.outcome.features.append(from_vectors(found["feature"], found.schema))
+        encode.encode(self._model, images, self.encoded, features=self.features)
+        return encode.estimate(increment, rate)
 
     # Commit, and what comes after it
 
-    def _commit(self, found: Found) -> Applied:
-        codes_NW = np.concatenate([np.empty((0, self.index.bits // 8), np.uint8), *self.outcome.codes])
-        found_drift = drift.measure(self.index.view, codes_NW)
-        if found_drift["retrain_recommended"]:
-            say(found_drift["text"])
-        self.result |= {"drift": found_drift, "retrain_recommended": found_drift["retrain_recommended"]}
+    def _commit(self, increment: Increment) -> Applied:
         from hashdist.evaluation import gate
 
-        checks = gate.for_growth(self.settings, self.index, self.codes)
-        return commit.commit(
-            self.index,
-            found,
-            self.outcome,
-            vocabulary=self.vocabulary,
-            gate=checks,
-            codes=self.codes,
-            drift=found_drift,
-        )
+        codes_NW = np.concatenate([np.empty((0, self.index.bits // 8), np.uint8), *self.encoded.codes])
+        measured = drift.measure(self.index.view, codes_NW)
+        if measured["retrain_recommended"]:
+            say(measured["text"])
+        self.result |= {"drift": measured, "retrain_recommended": measured["retrain_recommended"]}
+        checks = gate.for_growth(self.settings, self.index, self.encoded.artefact)
+        return commit.commit(self.index, increment, self.encoded, gate=checks, drift=measured)
 
     def _compact(self) -> str | None:
         """Merge shards and drop hidden rows when it is due; returns why it was."""
@@ -225,35 +175,35 @@ class _Run:
                 say(f"reindex: not compacted: {error}; the next run tries again")
         return reason
 
-    # What is said
+    # The result
 
-    def _counted(self) -> int:
-        return sum(len(codes) for codes in self.outcome.codes)
+    def _count(self) -> int:
+        return sum(len(codes) for codes in self.encoded.codes)
 
-    def _said(self, found: Found, plan: dict[str, Any], applied: Applied | None, summary: str) -> dict[str, Any]:
+    def _report(
+        self, increment: Increment, plan: dict[str, Any], applied: Applied | None, summary: str
+    ) -> dict[str, Any]:
         counts: dict[str, Any] = {
-            "listed": found.listed,
+            "listed": increment.listed,
             "added": applied.added if applied else 0,
             "changed": applied.replaced if applied else 0,
             "removed": applied.removed if applied else 0,
-            "unchanged": found.change.unchanged,
-            "unreadable": found.change.failed,
-            "encoded": self._counted(),
-            "failed": self.outcome.failed.total(),
-            "reasons": dict(self.outcome.failed),
+            "unchanged": increment.change.unchanged,
+            "unreadable": increment.change.failed,
+            "encoded": self._count(),
+            "failed": self.encoded.failed.total(),
+            "reasons": dict(self.encoded.failed),
         }
         actual = None if self.options.plan else self._actual(counts)
-        line = f"reindex: {summary}: {found.uri} has {found.listed} images -> version {self.index.version}"
+        line = f"reindex: {summary}: {increment.uri} has {increment.listed} images -> version {self.index.version}"
         if counts["failed"]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.outcome.failed.items()))
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.encoded.failed.items()))
             line += f"; {counts['failed']} without a code: {reasons}"
-        telemetry.count_images("reindex", counts["encoded"], self.outcome.failed)
+        telemetry.count_images("reindex", counts["encoded"], self.encoded.failed)
         telemetry.STAGE_ROWS.set(self.index.rows, stage="reindex")
         telemetry.STAGE_FAILED.set(counts["failed"] + counts["unreadable"], stage="reindex")
         quiet = not self.options.plan and (applied is None or applied.version == self.version)
-        text = (
-            f"{line} ({self.costs.line()})" if quiet else "\n".join([line, *_beside(plan, actual), *self.costs.lines()])
-        )
+        lines = [f"{line} ({self.costs.line()})"] if quiet else [line, *_plan_lines(plan, actual), *self.costs.lines()]
         return {
             "stage": "reindex",
             "index": self.index.uri,
@@ -265,37 +215,34 @@ class _Run:
             "costs": self.costs.phases,
             **self.result,
             "seconds": time.perf_counter() - self.started,
-            "text": text,
+            "text": "\n".join(lines),
         }
 
     def _actual(self, counts: dict[str, Any]) -> dict[str, Any]:
         """What the plan foretold, as it came out."""
-        encode, commit = (self.costs.phases.get(name, _FREE) for name in ("encode", "commit"))
-        put = Counter(commit["requests"])
+        encoding, committing = (self.costs.phases.get(name, FREE) for name in ("encode", "commit"))
+        put = Counter(committing["requests"])
         return {
             "new": counts["added"],
-            "touched": counts["changed"] + sum(note["status"] == OK for note in self.outcome.notes),
+            "touched": counts["changed"] + sum(note["status"] == OK for note in self.encoded.notes),
             "removed": counts["removed"],
             "unchanged": counts["unchanged"],
-            "read_bytes": encode["read"],
-            "get_requests": encode["requests"].get("get", 0),
+            "read_bytes": encoding["read"],
+            "get_requests": encoding["requests"].get("get", 0),
             "put_requests": put["put"] + put["create"],
             "images_per_s": None,
-            "seconds": round(encode["seconds"], 6),
+            "seconds": round(encoding["seconds"], 6),
         }
 
 
-_FREE: dict[str, Any] = {"seconds": 0.0, "requests": {}, "read": 0, "written": 0}
-
-
-def _beside(plan: dict[str, Any], actual: dict[str, Any] | None) -> list[str]:
+def _plan_lines(plan: dict[str, Any], actual: dict[str, Any] | None) -> list[str]:
     """The plan, and beside it what it came to."""
     lines = [f"{'':>14}  {'plan':>14}" + (f"  {'actual':>14}" if actual else "")]
     for name, value in plan.items():
-        came_to = "" if actual is None else f"  {_shown(actual[name]):>14}"
-        lines.append(f"{name:>14}  {_shown(value):>14}{came_to}")
+        came_to = "" if actual is None else f"  {_text(actual[name]):>14}"
+        lines.append(f"{name:>14}  {_text(value):>14}{came_to}")
     return lines
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return "-" if value is None else str(value)

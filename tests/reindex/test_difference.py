@@ -192,7 +192,7 @@ def test_ranges_list_every_object_once(root_uri: str, known: int) -> None:
     for name in names:
         store.put(name, b"x")
     sample = [name for number, name in enumerate(names * 3) if number % (450 // known) == 0] if known else []
-    found = [entry.name for block in inventory.listed(store, [*sample, "b", "zzz"]) for entry in block]
+    found = [entry.name for block in inventory.list_in_parallel(store, [*sample, "b", "zzz"]) for entry in block]
     assert sorted(found) == names
 
 

@@ -71,7 +71,7 @@ def run(settings: Settings, options: CompareOptions) -> dict[str, Any]:
             say(f"compare: {number + 1}/{len(todo)} {_line(settings, row)}")
     done = [cell for cell in cells if store.exists(cell.record)]
     rows = [{**read_record(store, cell.record), "name": cell.entry.name} for cell in done]
-    return _written(settings, options, rows, len(cells))
+    return _write(settings, options, rows, len(cells))
 
 
 # What is compared
@@ -309,9 +309,9 @@ def _metrics(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> list[str]
     return [name for name in names if rows and name in rows[0]["metrics"]]
 
 
-def _written(settings: Settings, options: CompareOptions, rows: list[dict[str, Any]], cells: int) -> dict[str, Any]:
+def _write(settings: Settings, options: CompareOptions, rows: list[dict[str, Any]], cells: int) -> dict[str, Any]:
     metrics = _metrics(settings, rows)
-    tables = {metric: table(rows, metric, _beside(options, metric)) for metric in metrics}
+    tables = {metric: table(rows, metric, _papers(options, metric)) for metric in metrics}
     text = "\n\n".join(f"### {metric}\n\n{text}" for metric, text in tables.items())
     result = {"command": "compare", "cells": cells, "done": len(rows), "protocol": settings.evaluate.protocol}
     if options.out:
@@ -321,7 +321,7 @@ def _written(settings: Settings, options: CompareOptions, rows: list[dict[str, A
         (folder / "curves.json").write_text(_compact(rows, lambda name: name in _LONG or name in _KEYS))
         about = f"{_about(settings, rows, cells)}\n\n{text}\n\n### Seconds to fit, and codes\n\n{_costs(rows)}\n"
         (folder / "table.md").write_text(about)
-        _draw(folder, rows, metrics[0], _beside(options, metrics[0]))
+        _draw(folder, rows, metrics[0], _papers(options, metrics[0]))
         result["out"] = str(folder.absolute())
     return {**result, "rows": [_short(row) for row in rows], "text": f"{_about(settings, rows, cells)}\n\n{text}"}
 
@@ -373,7 +373,7 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _beside(options: CompareOptions, metric: str) -> dict[str, dict[int, float]]:
+def _papers(options: CompareOptions, metric: str) -> dict[str, dict[int, float]]:
     """The papers' numbers in this metric: method -> bits -> value."""
     found: dict[str, dict[int, float]] = {}
     for name in options.published:
@@ -404,16 +404,16 @@ def _short(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compact(rows: Sequence[Mapping[str, Any]], wanted: Callable[[str], bool]) -> str:
     """JSON with one row a line, of the fields that are wanted, rounded to what is meaningful."""
-    lines = (json.dumps(_rounded({k: v for k, v in row.items() if k != "write_id" and wanted(k)})) for row in rows)
+    lines = (json.dumps(_round({k: v for k, v in row.items() if k != "write_id" and wanted(k)})) for row in rows)
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: _round(item) for key, item in value.items()}
+    return [_round(item) for item in value] if isinstance(value, list) else value
 
 
 def _draw(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str, papers: Mapping[str, Any]) -> None:
@@ -424,8 +424,8 @@ def _draw(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str, papers: 
         by_name: dict[str, list[Mapping[str, Any]]] = {}
         for row in own:
             by_name.setdefault(row["name"], []).append(row)
-        radius = {n: tuple(_averaged(v, "radius", k) for k in ("recall", "precision")) for n, v in by_name.items()}
-        ranks = {n: tuple(_averaged(v, "precision_at", k) for k in ("n", "precision")) for n, v in by_name.items()}
+        radius = {n: tuple(_average(v, "radius", k) for k in ("recall", "precision")) for n, v in by_name.items()}
+        ranks = {n: tuple(_average(v, "precision_at", k) for k in ("n", "precision")) for n, v in by_name.items()}
         if own:
             title = f"{bits} bits"
             drawn = figures.curves(radius, "recall", "precision", f"{title}, by radius")  # type: ignore[arg-type]
@@ -441,5 +441,5 @@ def _draw(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str, papers: 
             figures.save(figures.curves(watched, "epoch", metric, f"{bits} bits"), folder, f"epochs_{bits}")
 
 
-def _averaged(rows: Sequence[Mapping[str, Any]], curve: str, part: str) -> list[float]:
+def _average(rows: Sequence[Mapping[str, Any]], curve: str, part: str) -> list[float]:
     return [float(v) for v in np.mean([row["curves"][curve][part] for row in rows], axis=0)]

@@ -102,13 +102,13 @@ def index_vacuum(settings: Settings, options: VacuumOptions) -> dict[str, Any]:
     done = retention.vacuum(index, age_s, dry_run=options.dry_run, force=options.force)
     verb = "would be" if done.dry_run else "were"
     lines = [
-        f"{index.uri}: {len(done.expired)} versions {verb} expired{_listed(done.expired)}, {done.kept} remain",
+        f"{index.uri}: {len(done.expired)} versions {verb} expired{_ranges_text(done.expired)}, {done.kept} remain",
         *(f"  {files} files, {size} bytes {verb} deleted: {reason}" for reason, (files, size) in done.deleted.items()),
     ]
     if done.revoked:
         lines.append(f"  {len(done.revoked)} attempts {verb} revoked: nothing they wrote can be committed any more")
     if done.pinned:
-        lines.append(f"  pinned by readers: version{_listed(done.pinned)}; {done.spared} files are left for them")
+        lines.append(f"  pinned by readers: version{_ranges_text(done.pinned)}; {done.spared} files are left for them")
     if done.foreign:
         lines.append(f"  {done.foreign} files are none of the index's, and were left alone")
     if done.unfinished:
@@ -151,7 +151,7 @@ def _vacuum_artefacts(
     return lines, {**asdict(done), "deleted": deleted}
 
 
-def _listed(numbers: Iterable[int]) -> str:
+def _ranges_text(numbers: Iterable[int]) -> str:
     runs = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in ranges(numbers))
     return f" {runs}" if runs else ""
 

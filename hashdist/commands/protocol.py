@@ -24,11 +24,11 @@ def protocol_make(settings: Settings, options: ProtocolOptions) -> dict[str, Any
         raise InvalidInput("sets are drawn from --source or given by --lists, found both; leave one out")
     if not listed and not options.protocol:
         raise InvalidInput("a protocol to draw by is required, found none; give --protocol NAME or --lists.query FILE")
-    protocol = _listed(options) if listed else _drawn(settings, options)
-    return _shown(protocols.write_protocol(options.out, protocol), protocol)
+    protocol = _from_lists(options) if listed else _draw(settings, options)
+    return _result(protocols.write_protocol(options.out, protocol), protocol)
 
 
-def _listed(options: ProtocolOptions) -> protocols.Protocol:
+def _from_lists(options: ProtocolOptions) -> protocols.Protocol:
     """The protocol of given lists; without a list of training images they are the database."""
     files = {part: [path for path in getattr(options.lists, part).split(",") if path] for part in protocols.SETS}
     sets = {
@@ -40,7 +40,7 @@ def _listed(options: ProtocolOptions) -> protocols.Protocol:
     return protocols.protocol_of(sets, options.protocol or "lists", options.protocol_seed, source)
 
 
-def _drawn(settings: Settings, options: ProtocolOptions) -> protocols.Protocol:
+def _draw(settings: Settings, options: ProtocolOptions) -> protocols.Protocol:
     """The protocol by a draw."""
     name, seed = options.protocol, options.protocol_seed
     if options.source:
@@ -85,7 +85,7 @@ def protocol_check(settings: Settings, options: ProtocolCheckOptions) -> dict[st
     if not options.file:
         raise InvalidInput("a protocol file is required, found none; use `hashdist protocol check FILE`")
     protocol = protocols.read_protocol(options.file)
-    result = _shown(options.file, protocol)
+    result = _result(options.file, protocol)
     if settings.root or settings.features.snapshot:
         features = _features(settings)
         protocols.split_rows(f"{protocols.FILE}{options.file}", _with_feature(features, []))
@@ -93,7 +93,7 @@ def protocol_check(settings: Settings, options: ProtocolCheckOptions) -> dict[st
     return result
 
 
-def _shown(uri: str, protocol: protocols.Protocol) -> dict[str, Any]:
+def _result(uri: str, protocol: protocols.Protocol) -> dict[str, Any]:
     summary = protocol.summary()
     lines = [f"{uri}: protocol {protocol.name}, seed {protocol.seed}, from {protocol.source}"]
     lines += [f"{part:>10}  {count:>8}  {summary['digests'][part]}" for part, count in summary["counts"].items()]

@@ -347,7 +347,7 @@ def _gradcam_figure(model: Artefact, found: _Retrieved) -> Figure:
 
 
 def _network_input(preprocess: Any, data: bytes | None) -> NDArray[np.uint8] | None:
-    """What the network sees of a picture; None where it cannot be read."""
+    """A picture as the network takes it; None where it cannot be read."""
     try:
         return None if data is None else preprocess(pixels(data))
     except BadImage:

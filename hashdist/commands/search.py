@@ -63,7 +63,7 @@ def run(settings: Settings, options: SearchOptions) -> dict[str, Any]:
         ]
         result: dict[str, Any] = {"index": index.uri, "version": index.version, "engine": options.engine}
         if options.recall:
-            result["recall"] = measured(index, engine, options)
+            result["recall"] = measure_recall(index, engine, options)
         if options.html:
             Path(options.html).write_text(_sheet(index, found, options, collection))
             result["html"] = options.html
@@ -247,7 +247,7 @@ def _rows(
     return rows
 
 
-def measured(index: Index, engine: Engine, options: SearchOptions) -> dict[str, Any]:
+def measure_recall(index: Index, engine: Engine, options: SearchOptions) -> dict[str, Any]:
     """Recall@k of an engine against the scan (`engine.recall`), over images of the index drawn evenly, and times.
 
     Shards are opened and the engine's own files built before the clock runs.

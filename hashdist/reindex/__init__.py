@@ -1,4 +1,4 @@
 """An index follows its collection: list, compare, encode the difference, commit.
 
-Imports everything below; light when imported.
+Imports everything below; light when imported, ray only through stages.
 """

@@ -118,7 +118,7 @@ def partition_of(rows: pa.Table, partitions: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Difference:
-    """What is to be done so that an index follows its collection.
+    """Rows and keys by which an index differs from its collection.
 
     Attributes:
         new: rows as they were listed, of images without a row in the index.
@@ -185,7 +185,7 @@ def difference(
     empty = listed.partition(0, partitions).slice(0, 0)
     return Difference(
         new=pa.concat_tables([empty, *parts.new]),
-        touched=pa.concat_tables([_beside(empty, pa.nulls(0, pa.string())), *parts.touched]),
+        touched=pa.concat_tables([_with_indexed_digest(empty, pa.nulls(0, pa.string())), *parts.touched]),
         removed=parts.removed,
         unchanged=parts.unchanged,
         failed=parts.failed,
@@ -198,7 +198,7 @@ def _merge(
     """One partition."""
     at_indexed, at_notes = _matches(listed, indexed), _matches(listed, notes)
     is_indexed, is_noted = at_indexed >= 0, at_notes >= 0
-    row, note = _taken(indexed, at_indexed), _taken(notes, at_notes)
+    row, note = _take(indexed, at_indexed), _take(notes, at_notes)
     noted = is_noted & _same_stamp(listed, note)
     fine = _equal(note["status"], pa.scalar(OK))
     same = is_indexed & (_same_stamp(listed, row) | (noted & fine & _equal(note["digest"], row["digest"])))
@@ -207,7 +207,7 @@ def _merge(
     look = ~same & ~failed
     parts.new.append(listed.filter(pa.array(look & ~is_indexed)))
     touched = pa.array(look & is_indexed)
-    parts.touched.append(_beside(listed.filter(touched), row["digest"].filter(touched)))
+    parts.touched.append(_with_indexed_digest(listed.filter(touched), row["digest"].filter(touched)))
     parts.unchanged += int(same.sum())
     parts.failed += int(failed.sum())
     _remove(parts, indexed, at_indexed, notes, sources)
@@ -220,7 +220,7 @@ def _remove(parts: _Parts, indexed: pa.Table, matched: NDArray[np.int64], notes:
     if sources and len(indexed):
         known = pa.array(sorted(sources), pa.string())
         # a stamp stands for what is in its file, so whatever says it of a key says that the key is there
-        noted = _taken(notes, _matches(indexed, notes))["stamp"]
+        noted = _take(notes, _matches(indexed, notes))["stamp"]
         kept = _is_in(noted, known) | _is_in(indexed["stamp"], known)
         parts.unchanged += int((gone & kept).sum())
         twice = indexed["key"].filter(pa.array(~gone & kept)).to_pylist()
@@ -245,7 +245,7 @@ def _matches(left: pa.Table, right: pa.Table) -> NDArray[np.int64]:
     return found
 
 
-def _taken(table: pa.Table, at: NDArray[np.int64]) -> pa.Table:
+def _take(table: pa.Table, at: NDArray[np.int64]) -> pa.Table:
     """The rows at these places; nulls where the place is -1."""
     return table.take(pa.array(at, mask=at < 0))
 
@@ -265,7 +265,7 @@ def _same_stamp(listed: pa.Table, known: pa.Table) -> NDArray[np.bool_]:
     return _equal(listed["stamp"], known["stamp"].cast(pa.string())) & np.asarray(sizes, np.bool_)
 
 
-def _beside(rows: pa.Table, digests: pa.ChunkedArray | pa.Array) -> pa.Table:
+def _with_indexed_digest(rows: pa.Table, digests: pa.ChunkedArray | pa.Array) -> pa.Table:
     return rows.append_column("indexed_digest", digests.cast(pa.string()))
 
 

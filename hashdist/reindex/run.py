@@ -46,7 +46,7 @@ _TRIES = 3  # runs from the start, where another writer changed what this one ha
 def reindex(settings: Settings, options: ReindexOptions | None = None) -> dict[str, Any]:
     """Compare the collection with the index, encode the difference with the index's own model, commit one version.
 
-    Nothing new: no commit. Returns counts, the plan beside what it came to, and the costs of each phase.
+    Nothing new: no commit. Returns counts, the plan beside the actual figures, and the costs of each phase.
 
     Raises:
         InvalidInput: the index does not name the model that made it; settings or sources that do not fit.
@@ -219,7 +219,7 @@ class _Reindex:
         }
 
     def _actual(self, counts: dict[str, Any]) -> dict[str, Any]:
-        """What the plan foretold, as it came out."""
+        """The figures of the plan, as they came out."""
         encoding, committing = (self.costs.phases.get(name, FREE) for name in ("encode", "commit"))
         put = Counter(committing["requests"])
         return {
@@ -236,7 +236,7 @@ class _Reindex:
 
 
 def _plan_lines(plan: dict[str, Any], actual: dict[str, Any] | None) -> list[str]:
-    """The plan, and beside it what it came to."""
+    """The plan, and beside it the actual figures."""
     lines = [f"{'':>14}  {'plan':>14}" + (f"  {'actual':>14}" if actual else "")]
     for name, value in plan.items():
         came_to = "" if actual is None else f"  {_text(actual[name]):>14}"

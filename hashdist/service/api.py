@@ -25,14 +25,14 @@ from hashdist.ground.errors import HashdistError, InvalidInput
 from hashdist.ground.settings import ServiceSettings
 from hashdist.ground.version import __version__
 from hashdist.service import limits
-from hashdist.service.batching import Batches, Found
+from hashdist.service.batching import Answer, Batches
 from hashdist.service.limits import Border, Bucket, Busy
 from hashdist.service.serving import Served, Serving, age_s
 from hashdist.service.thumbnails import SIDES, Thumbnails, code_of
 
 _FIELDS = 16
 _WAIT_S = 2.0
-"""A picture, or an older version, waits so long for its turn before the answer is 429."""
+"""Seconds that a picture, or an older version, waits for its turn before the answer is 429."""
 
 _OPENED_AT_ONCE = 2
 
@@ -67,7 +67,7 @@ Encode = Callable[[str, bytes], Awaitable[EncodedImage]]
 
 
 class Backend(NamedTuple):
-    """What answers the routes.
+    """The parts that answer the routes.
 
     Attributes:
         serving: the version.
@@ -130,7 +130,7 @@ class SearchAnswer(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What was required, what was found, what to do."""
+    """The kind of the error; its message says what was required, what was found, what to do."""
 
     kind: str
     message: str
@@ -182,7 +182,7 @@ def make_app(backend: Backend, token: str = "") -> Border:
 
 def routes(backend: Backend) -> FastAPI:
     """The routes, without what stands around them."""
-    answers, scraped = _Answers(backend), shared(backend.metrics)
+    answers, scraped = _Answers(backend), share(backend.metrics)
     app = FastAPIOffline(
         title="hashdist", version=__version__, redoc_url=None, summary="Images like this one, by their binary codes."
     )
@@ -243,8 +243,8 @@ def routes(backend: Backend) -> FastAPI:
     return app
 
 
-def shared(made: Callable[[], str]) -> Callable[[], Awaitable[str]]:
-    """What `made` returns, made in a thread; who asks while it is being made gets the same."""
+def share(made: Callable[[], str]) -> Callable[[], Awaitable[str]]:
+    """Share the text of `made` among all that ask for it while it is being made, in a thread."""
     making: asyncio.Task[str] | None = None
 
     async def asked() -> str:
@@ -272,7 +272,7 @@ async def _from_body(request: Request) -> tuple[SearchRequest, bytes | None]:
         try:
             return SearchRequest.model_validate_json(await request.body()), None
         except ValidationError as error:
-            raise InvalidInput(_said(error.errors())) from error
+            raise InvalidInput(_problems(error.errors())) from error
     if kind != "multipart/form-data":
         raise HTTPException(415, "the body must be application/json or multipart/form-data")
     async with request.form(max_files=1, max_fields=_FIELDS) as form:
@@ -285,7 +285,7 @@ async def _from_body(request: Request) -> tuple[SearchRequest, bytes | None]:
     try:
         return SearchRequest.model_validate({name: value for name, value in fields.items() if value != ""}), data
     except ValidationError as error:
-        raise InvalidInput(_said(error.errors())) from error
+        raise InvalidInput(_problems(error.errors())) from error
 
 
 # What is answered
@@ -301,7 +301,7 @@ class _Answers:
     async def search(self, request: Request, asked: SearchRequest, image: bytes | None) -> Response:
         started = time.perf_counter()
         depth = self._depth(asked, image)
-        served = await self._served(asked.version)
+        served = await self._version(asked.version)
         code, query = await self._code(served, asked, image)
         encoded = time.perf_counter()
         found = await self._backend.batches.search(served.index, code, depth + asked.exclude_self, asked.where or "")
@@ -341,11 +341,11 @@ class _Answers:
             raise InvalidInput(f"k may be at most {most} here, found {k}")
         return k
 
-    async def _served(self, version: str | int | None) -> Served:
+    async def _version(self, version: str | int | None) -> Served:
         if version is None:
             return self._serving.now
         wanted = int(version) if str(version).isdecimal() and len(str(version)) < 19 else str(version)
-        opened = self._serving.opened(wanted)
+        opened = self._serving.find_open(wanted)
         return opened if opened is not None else await self._older(wanted)
 
     async def _older(self, wanted: int | str) -> Served:
@@ -366,7 +366,7 @@ class _Answers:
         if asked.key is not None:
             return await asyncio.to_thread(code_of, served, asked.key), {"key": asked.key}
         if asked.code is not None:
-            return _parsed(asked.code, served.index.bits), {"code": asked.code}
+            return _parse_code(asked.code, served.index.bits), {"code": asked.code}
         assert image is not None
         return await self._of_picture(served, image)
 
@@ -390,7 +390,7 @@ class _Answers:
             await asyncio.sleep(wait_s)
 
     def _hits(
-        self, served: Served, asked: SearchRequest, found: Found, depth: int
+        self, served: Served, asked: SearchRequest, found: Answer, depth: int
     ) -> tuple[list[dict[str, Any]], bool]:
         within = len(found.ids)
         if asked.radius is not None:
@@ -400,7 +400,7 @@ class _Answers:
         for key, id_, distance in rows:
             if asked.exclude_self and key == asked.key:
                 continue
-            shown = f"pictures/{_quoted(key)}" if served.pictures is not None else None
+            shown = f"pictures/{_quote(key)}" if served.pictures is not None else None
             hit = {"key": key, "id": str(id_), "distance": distance, "picture": shown}
             if self._settings.uris:
                 hit["uri"] = served.pictures.picture_uri(key) if served.pictures else None
@@ -450,7 +450,7 @@ class _Answers:
         }
 
 
-def _parsed(text: str, bits: int) -> NDArray[np.uint8]:
+def _parse_code(text: str, bits: int) -> NDArray[np.uint8]:
     try:
         code = np.frombuffer(bytes.fromhex(text), np.uint8)
     except ValueError as error:
@@ -460,7 +460,7 @@ def _parsed(text: str, bits: int) -> NDArray[np.uint8]:
     return code
 
 
-def _quoted(key: str) -> str:
+def _quote(key: str) -> str:
     """A key as the end of a relative URL; segments that a browser would take for steps up are hidden in one."""
     return quote(key, safe="" if {"", ".", ".."} & set(key.split("/")) else "/")
 
@@ -480,7 +480,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return await _on_error(request, InvalidInput(_said(error.errors())))
+    return await _on_error(request, InvalidInput(_problems(error.errors())))
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
@@ -501,8 +501,8 @@ def _methods(request: Request) -> list[str]:
     return sorted(set().union(*there))
 
 
-def _said(problems: Any) -> str:
-    """What pydantic found, in a line."""
+def _problems(problems: Any) -> str:
+    """The problems that pydantic found, in a line."""
     said = []
     for problem in problems[:5]:
         where = ".".join(str(part) for part in problem["loc"] if part not in ("query", "body", "path"))

@@ -53,7 +53,7 @@ class Shards(Searcher):
 
 
 class Deployments:
-    """Peers (stages/search.py) that are deployments of one `Searcher` each: Serve starts one that dies again.
+    """Peers (stages/cluster/peers.py) that are deployments of one `Searcher` each: Serve starts one that dies again.
 
     Args:
         handles: of the deployments.
@@ -102,7 +102,7 @@ class Search:
             refresh_s=settings.refresh_s,
             held_versions=settings.held_versions,
             prepare=self._prepare if encoder is not None else None,
-            opened=self._opened if shards else None,
+            open_version=self._open_spread if shards else None,
             pictures=settings.pictures,
         )
         self._peers = Deployments(shards)
@@ -129,7 +129,7 @@ class Search:
         if not self._serving.alive:
             raise RuntimeError("the thread that follows the index has ended")
 
-    def _opened(self, log: Log, version: Version, before: View | None) -> Index:
+    def _open_spread(self, log: Log, version: Version, before: View | None) -> Index:
         whole = Index(log, version, writable=False)
         return SpreadIndex(whole, self._peers, before)
 

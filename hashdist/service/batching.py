@@ -23,8 +23,8 @@ _SHALLOW = 100
 """Queries for more results than this go with their like, so that nobody's ten wait for another's thousand."""
 
 
-class Found(NamedTuple):
-    """What one query found: ids, distances and keys, nearest first; and how long the scan and the keys took."""
+class Answer(NamedTuple):
+    """The answer to one query: ids, distances and keys, nearest first; and how long the scan and the keys took."""
 
     ids: NDArray[np.int64]
     distances: NDArray[np.int32]
@@ -39,7 +39,7 @@ class _Waiting:
     where: str
     k: int
     code: NDArray[np.uint8]
-    found: "asyncio.Future[Found]"
+    found: "asyncio.Future[Answer]"
 
     @property
     def group(self) -> tuple[int, str, bool]:
@@ -61,9 +61,9 @@ class Batches:
         self._running: set[asyncio.Task[None]] = set()
         self._scanned: set[tuple[int, str, bool]] = set()
 
-    async def search(self, index: Index, code: NDArray[np.uint8], k: int, where: str) -> Found:
+    async def search(self, index: Index, code: NDArray[np.uint8], k: int, where: str) -> Answer:
         """The k nearest rows that match. Raises as `Index.search`."""
-        found: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+        found: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(index, where, k, code, found))
         self._begin()
         return await found
@@ -111,7 +111,7 @@ class Batches:
             else:
                 one.found.set_result(answers[number])
 
-    def _look(self, batch: list[_Waiting]) -> list[Found]:
+    def _look(self, batch: list[_Waiting]) -> list[Answer]:
         started = self._clock()
         first = batch[0]
         codes_QW = np.stack([one.code for one in batch])
@@ -123,6 +123,6 @@ class Batches:
         telemetry.QUERY_SECONDS.observe(times[0], phase="search")
         telemetry.QUERY_SECONDS.observe(times[1], phase="keys")
         return [
-            Found(hits.ids[q, : one.k], hits.distances[q, : one.k], keys[q][: one.k], *times)
+            Answer(hits.ids[q, : one.k], hits.distances[q, : one.k], keys[q][: one.k], *times)
             for q, one in enumerate(batch)
         ]

@@ -40,7 +40,7 @@ class Encoder:
 
     async def prepare(self, uri: str) -> dict[str, Any]:
         """Load a model. Raises what `load_model` raises."""
-        return await asyncio.to_thread(self._prepared, uri)
+        return await asyncio.to_thread(self._try_model, uri)
 
     async def encode(self, uri: str, data: bytes) -> tuple[bytes, int, int] | str:
         """A picture's code, width and height; or why it cannot be read."""
@@ -49,9 +49,9 @@ class Encoder:
 
     @ray_serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
     async def _encode(self, asked: list[tuple[str, bytes]]) -> list[Any]:
-        return await asyncio.to_thread(self._encoded, asked)
+        return await asyncio.to_thread(self._encode_batch, asked)
 
-    def _prepared(self, uri: str) -> dict[str, Any]:
+    def _try_model(self, uri: str) -> dict[str, Any]:
         model = self._model(uri)
         try:
             encoded = model.encode_readable([np.zeros((8, 8, 3), np.uint8)])
@@ -59,12 +59,12 @@ class Encoder:
             return {"reads_images": False, "reason": str(error)}
         return {"reads_images": encoded.reasons[0] is None, "reason": encoded.reasons[0] or ""}
 
-    def _encoded(self, asked: list[tuple[str, bytes]]) -> list[Any]:
-        return [answer for some in within(asked, self._max_pixels) for answer in self._together(some)]
+    def _encode_batch(self, asked: list[tuple[str, bytes]]) -> list[Any]:
+        return [answer for some in within(asked, self._max_pixels) for answer in self._encode_together(some)]
 
-    def _together(self, asked: list[tuple[str, bytes]]) -> list[Any]:
+    def _encode_together(self, asked: list[tuple[str, bytes]]) -> list[Any]:
         answers: list[Any] = [None] * len(asked)
-        pixels = list(self._threads.map(self._decoded, [data for _, data in asked]))
+        pixels = list(self._threads.map(self._decode, [data for _, data in asked]))
         for uri in dict.fromkeys(uri for uri, _ in asked):
             which = [number for number, one in enumerate(asked) if one[0] == uri]
             encoded = self._model(uri).encode_readable([pixels[number] for number in which])
@@ -73,7 +73,7 @@ class Encoder:
                 answers[number] = reason or (code.tobytes(), width, height)
         return answers
 
-    def _decoded(self, data: bytes) -> Any:
+    def _decode(self, data: bytes) -> Any:
         try:
             return decode(data, self._max_pixels)
         except BadImage as error:
@@ -93,7 +93,7 @@ class Encoder:
 
 
 def within(asked: Iterable[tuple[str, bytes]], most: int) -> Iterator[list[tuple[str, bytes]]]:
-    """Runs of pictures that have at most so many pixels together, or are one: what is decoded at the same time."""
+    """Runs of pictures that are decoded at the same time: of at most `most` pixels together, or one alone."""
     some: list[tuple[str, bytes]] = []
     pixels = 0
     for one in asked:

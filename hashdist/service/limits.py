@@ -1,4 +1,4 @@
-"""What stands around every request: its id, its token, its size, how many at once; and the one line that is logged.
+"""The border around every request: its id, its token, its size, how many at once; and the one line that is logged.
 
 `Border` is plain ASGI (one call a request, nothing allocated per chunk), because what it costs every search pays.
 """
@@ -57,7 +57,7 @@ class Unauthorized(HashdistError):
 
 
 class Bucket:
-    """So many a second, and a burst of so many seconds' worth: the rate of what is costly, such as decoding.
+    """A rate, and a burst of a few seconds' worth of it: for work that is costly, such as decoding.
 
     Args:
         per_s: tokens a second.
@@ -109,7 +109,7 @@ class Border:
         self._in_work += 1
         try:
             self._check(scope)
-            await self._app(scope, self._bounded(receive), answer.send)
+            await self._app(scope, self._bound(receive), answer.send)
         except HashdistError as error:
             await answer.error(error)
         except Exception as error:
@@ -133,7 +133,7 @@ class Border:
         if length.isdigit() and (len(length) > _DIGITS or int(length) > self._most_bytes):
             raise self._too_large(f"{length[:_DIGITS].decode()} bytes")
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _bound(self, receive: Receive) -> Receive:
         """`receive` that raises TooLarge once more than the limit has come, whatever the headers said, or TooSlow."""
         came, until = 0, time.monotonic() + self._body_s
         coming = True

@@ -30,14 +30,14 @@ from hashdist.store import open_store
 from hashdist.store.commit import Log, Version
 
 _TRIED_AGAIN = 6
-"""A refused version is opened again after so many looks at the store: somebody may have mended it."""
+"""Looks at the store after which a refused version is opened again: somebody may have mended it."""
 
 _WARM_QUERIES = (1, 64)
 
 Prepare = Callable[[str], Mapping[str, Any]]
 """Loads a model by URI wherever pictures are encoded; returns {"reads_images": bool, "reason": str}."""
 
-Opened = Callable[[Log, Version, View | None], Index]
+OpenVersion = Callable[[Log, Version, View | None], Index]
 """Opens a version, sharing what it can with a view that is open."""
 
 
@@ -70,7 +70,7 @@ class Serving:
         refresh_s: the store is asked this often.
         held_versions: older versions kept open for requests that name them.
         prepare: loads a version's model; None = pictures are not encoded.
-        opened: opens a version.
+        open_version: opens a version.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class Serving:
         refresh_s: float,
         held_versions: int,
         prepare: Prepare | None = None,
-        opened: Opened | None = None,
+        open_version: OpenVersion | None = None,
         pictures: bool = True,
     ) -> None:
         self.uri, self._refresh_s, self._held_versions = uri, refresh_s, max(1, held_versions)
-        self._prepare, self._opened, self._with_pictures = prepare, opened or _opened, pictures
+        self._prepare, self._open, self._with_pictures = prepare, open_version or _open, pictures
         self._now: Served | None = None
         self._older: OrderedDict[int, Served] = OrderedDict()
         self._opening_older = threading.Lock()
@@ -139,7 +139,7 @@ class Serving:
 
     # Older versions
 
-    def opened(self, wanted: int | str) -> Served | None:
+    def find_open(self, wanted: int | str) -> Served | None:
         """A version that is open, by number; asks no store."""
         served = self.now
         if wanted in (0, served.version):
@@ -151,7 +151,7 @@ class Serving:
 
         Raises NotFound, InvalidInput, Unavailable, Corrupt.
         """
-        opened, served = self.opened(wanted), self.now
+        opened, served = self.find_open(wanted), self.now
         if opened is not None:
             return opened
         log = served.index.versions
@@ -164,7 +164,7 @@ class Serving:
         with self._opening_older:
             if number not in self._older:
                 record = apply_rewrites(log.read(number).manifest, newest.manifest)
-                index = self._opened(log, Version(number, dict(record)), served.index.view)
+                index = self._open(log, Version(number, dict(record)), served.index.view)
                 self._older[number] = self._ready(index)
             self._older.move_to_end(number)
             while len(self._older) > self._held_versions:
@@ -223,7 +223,7 @@ class Serving:
 
     def _serve(self, log: Log, version: Version) -> None:
         before = self._now
-        index = self._opened(log, version, before.index.view if before else None)
+        index = self._open(log, version, before.index.view if before else None)
         served = self._ready(index, before)
         served.held.enter_context(pinned(index))
         self._now, self.refused = served, None
@@ -275,5 +275,5 @@ def age_s(index: Index) -> float:
     return max(0.0, (datetime.now(UTC) - made).total_seconds())
 
 
-def _opened(log: Log, version: Version, before: View | None) -> Index:
+def _open(log: Log, version: Version, before: View | None) -> Index:
     return Index(log, version, writable=False, before=before)

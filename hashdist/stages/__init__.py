@@ -1,1 +1,4 @@
-"""The stages of the pipeline, one a file: the only place, with hashdist/stages/cluster/session.py, that knows Ray."""
+"""The stages of the pipeline, one a file, and their order; no stage imports another.
+
+Imports evaluation and everything below; ray, which only this folder and the service may import.
+"""

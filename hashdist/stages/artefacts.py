@@ -1,4 +1,4 @@
-"""What stages have in common that commit an artefact: how its name is made, and the result of a run."""
+"""Stages that commit an artefact share how its name is made, and the result of a run."""
 
 import time
 from collections.abc import Mapping

@@ -35,14 +35,14 @@ from hashdist.index.view import View
 from hashdist.nearest import joins, scan
 from hashdist.nearest.joins import Block, Edges
 from hashdist.stages.cluster import session
-from hashdist.stages.cluster import tasks as tasks_module
+from hashdist.stages.cluster.tasks import run_tasks
 from hashdist.store import Store, of_file
 
 _METADATA = b"hashdist.dedup"
 _TASKS_FOR_RAY = 4
 _EDGES_KEPT = 20_000_000  # before they are cut down to a forest
 
-Rows = tuple[int, int, int]
+Span = tuple[int, int, int]
 """A run of physical rows: shard, start, stop."""
 
 
@@ -60,8 +60,8 @@ def run(index: Index, options: DedupOptions, cluster: ClusterSettings) -> dict[s
     store, name = _place(options)
     with pinned(index):
         view = index.view
-        work = _since(index, options) if options.previous else _afresh(view, options)
-        edges = [work.known, *_results(work, view, options, cluster)]
+        work = _work_since(index, options) if options.previous else _work_afresh(view, options)
+        edges = [work.known, *_run_joins(work, view, options, cluster)]
         ids, clusters = joins.components(_forest(edges))
         table = _table(view, ids, clusters)
     about = {"index": index.uri, "version": view.number, **_identity(options)}
@@ -83,7 +83,7 @@ def run(index: Index, options: DedupOptions, cluster: ClusterSettings) -> dict[s
         "tasks": len(work.tasks),
         "seconds": round(time.perf_counter() - started, 3),
     }
-    return {**result, "text": _said(result)}
+    return {**result, "text": _summary(result)}
 
 
 def _place(options: DedupOptions) -> tuple[Store, str]:
@@ -98,7 +98,7 @@ def _place(options: DedupOptions) -> tuple[Store, str]:
     return store, name
 
 
-def _said(result: dict[str, Any]) -> str:
+def _summary(result: dict[str, Any]) -> str:
     since = "" if result["joined"] is None else f" ({result['joined']} joined and {result['gone']} gone since)"
     return (
         f"{result['file']}: {result['clusters']} clusters of {result['clustered']} images within "
@@ -114,23 +114,23 @@ def _said(result: dict[str, Any]) -> str:
 class _Work:
     """Blocks, as rows of shards or as they are, and which of them are joined: (i, i) is a block with itself."""
 
-    sources: Sequence[list[Rows] | Block]
+    sources: Sequence[list[Span] | Block]
     tasks: list[tuple[int, int]]
     known: Edges
     joined: int | None = None
     gone: int | None = None
 
 
-def _afresh(view: View, options: DedupOptions) -> _Work:
+def _work_afresh(view: View, options: DedupOptions) -> _Work:
     sources = list(_sources(view, 0 if options.within_shard else options.block_rows))
     every = combinations_with_replacement(range(len(sources)), 2)
     tasks = [(i, j) for i, j in every if i == j or not options.within_shard]
     return _Work(sources, tasks, joins.no_edges())
 
 
-def _sources(view: View, block_rows: int) -> Iterator[list[Rows]]:
+def _sources(view: View, block_rows: int) -> Iterator[list[Span]]:
     """The rows of all shards, in blocks of `block_rows`; with 0, a block for each shard."""
-    block: list[Rows] = []
+    block: list[Span] = []
     held = 0
     for number, shard in enumerate(view.shards):
         start = 0
@@ -151,18 +151,18 @@ class _Previous(NamedTuple):
     clusters: NDArray[np.int64]
 
 
-def _since(index: Index, options: DedupOptions) -> _Work:
+def _work_since(index: Index, options: DedupOptions) -> _Work:
     view, previous = index.view, _read_previous(index, options)
     try:
         before = open_index(index.uri, version=previous.version).view
     except NotFound as error:
         say(f"dedup: all rows are compared anew, since what {options.previous} was made from is gone: {error}")
-        return _afresh(view, options)
+        return _work_afresh(view, options)
     if before.manifest["bits"] != view.manifest["bits"]:
-        return _afresh(view, options)
+        return _work_afresh(view, options)
     joined, gone = _difference(before, view)
     if 2 * len(joined.ids) > index.rows:  # comparing these with all is more than comparing all
-        return replace(_afresh(view, options), joined=len(joined.ids), gone=len(gone))
+        return replace(_work_afresh(view, options), joined=len(joined.ids), gone=len(gone))
     broken = np.isin(previous.clusters, previous.clusters[np.isin(previous.ids, gone)])
     remaining = np.setdiff1d(previous.ids[broken], gone)
     known = joins.stars(previous.ids[~broken], previous.clusters[~broken])
@@ -173,7 +173,7 @@ def _since(index: Index, options: DedupOptions) -> _Work:
         *combinations_with_replacement(range(old), 2),
         *((i, old + j) for i in range(old) for j in range(len(all_rows))),
     ]
-    sources: list[list[Rows] | Block] = [*news, *all_rows]
+    sources: list[list[Span] | Block] = [*news, *all_rows]
     if len(remaining):
         tasks.append((len(sources), len(sources)))
         sources.append(Block(remaining, view.codes(view.locate(remaining))))
@@ -187,7 +187,7 @@ def _read_previous(index: Index, options: DedupOptions) -> _Previous:
         about = json.loads((table.schema.metadata or {})[_METADATA])
     except (pa.ArrowInvalid, KeyError) as error:
         raise InvalidInput(f"--previous must be a file that dedup wrote, found {options.previous}: {error}") from error
-    made, asked = {"index": about["index"], **_named(about)}, {"index": index.uri, **_identity(options)}
+    made, asked = {"index": about["index"], **_settings_of(about)}, {"index": index.uri, **_identity(options)}
     if made != asked or options.within_shard or about["version"] > index.version:
         raise InvalidInput(
             f"{options.previous} must be of {asked}, over all shards and no newer than version {index.version}, "
@@ -200,7 +200,7 @@ def _identity(options: DedupOptions) -> dict[str, Any]:
     return {"radius": options.radius, "within_shard": options.within_shard}
 
 
-def _named(about: dict[str, Any]) -> dict[str, Any]:
+def _settings_of(about: dict[str, Any]) -> dict[str, Any]:
     return {name: about[name] for name in ("radius", "within_shard")}
 
 
@@ -215,30 +215,30 @@ def _difference(before: View, after: View) -> tuple[Block, NDArray[np.int64]]:
     for name in old.keys() | new.keys():
         if name in old and name in new:
             dead_then, dead_now = before.dead_rows(old[name]), after.dead_rows(new[name])
-            was.append(_taken(before, old[name], np.setdiff1d(dead_now, dead_then)))
-            now.append(_taken(after, new[name], np.setdiff1d(dead_then, dead_now)))
+            was.append(_block_of(before, old[name], np.setdiff1d(dead_now, dead_then)))
+            now.append(_block_of(after, new[name], np.setdiff1d(dead_then, dead_now)))
         elif name in old:
-            was.append(_live(before, old[name]))
+            was.append(_live_block(before, old[name]))
         else:
-            now.append(_live(after, new[name]))
-    there, here = _together(was, before), _together(now, after)
+            now.append(_live_block(after, new[name]))
+    there, here = _concatenate(was, before), _concatenate(now, after)
     shared, at_there, at_here = np.intersect1d(there.ids, here.ids, assume_unique=True, return_indices=True)
     same = shared[(there.codes[at_there] == here.codes[at_here]).all(1)]
     joined = ~np.isin(here.ids, same)
     return Block(here.ids[joined], here.codes[joined]), np.setdiff1d(there.ids, same)
 
 
-def _taken(view: View, number: int, rows: NDArray[np.int64]) -> Block:
+def _block_of(view: View, number: int, rows: NDArray[np.int64]) -> Block:
     shard = view.shards[number]
     return Block(np.asarray(shard.ids[rows]), np.asarray(shard.codes[rows]))
 
 
-def _live(view: View, number: int, start: int = 0, stop: int | None = None) -> Block:
+def _live_block(view: View, number: int, start: int = 0, stop: int | None = None) -> Block:
     rows = np.arange(start, view.shards[number].rows if stop is None else stop)
-    return _taken(view, number, rows[scan.alive(view.dead(number), rows)])
+    return _block_of(view, number, rows[scan.alive(view.dead(number), rows)])
 
 
-def _together(parts: Iterable[Block], view: View) -> Block:
+def _concatenate(parts: Iterable[Block], view: View) -> Block:
     """Rows of several shards as one block, by id."""
     found = [Block(np.empty(0, np.int64), np.empty((0, view.manifest["bits"] // 8), np.uint8)), *parts]
     ids = np.concatenate([part.ids for part in found])
@@ -254,7 +254,7 @@ class _Join:
     """Work of one task: a pair of blocks."""
 
     view: View
-    sources: Sequence[list[Rows] | Block]
+    sources: Sequence[list[Span] | Block]
     radius: int
 
     def __call__(self, task: tuple[int, int]) -> Edges:
@@ -265,18 +265,18 @@ class _Join:
 
     def _block(self, number: int) -> Block:
         source = self.sources[number]
-        return (
-            source if isinstance(source, Block) else _together((_live(self.view, *rows) for rows in source), self.view)
-        )
+        if isinstance(source, Block):
+            return source
+        return _concatenate((_live_block(self.view, *rows) for rows in source), self.view)
 
 
-def _results(work: _Work, view: View, options: DedupOptions, cluster: ClusterSettings) -> Iterator[Edges]:
+def _run_joins(work: _Work, view: View, options: DedupOptions, cluster: ClusterSettings) -> Iterator[Edges]:
     join = _Join(view, work.sources, options.radius)
     if len(work.tasks) < _TASKS_FOR_RAY:
         yield from map(join, work.tasks)
         return
     with session.session(cluster):
-        for _, edges in tasks_module.run_tasks(join, work.tasks, label="dedup", at_once=session.cpus()):
+        for _, edges in run_tasks(join, work.tasks, label="dedup", at_once=session.cpus()):
             yield edges
 
 

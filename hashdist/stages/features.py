@@ -156,7 +156,7 @@ class _Extraction:
         decoded = 0
         if missing:
             with Progress("features", self.collection.rows, rows) as progress:
-                for part, record, span in self._extracted(missing):
+                for part, record, span in self._extract(missing):
                     records[part] = record
                     ends += [span] if span else []
                     decoded += record["rows"]
@@ -170,7 +170,7 @@ class _Extraction:
         _publish(self.target, [records[part] for part in range(self.collection.parts)], self._manifest())
         return {"decoded": decoded, "images_per_s": _speed(ends, decoded, self._plan()["spec"]["batch"])}
 
-    def _extracted(self, missing: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], tuple[float, float] | None]]:
+    def _extract(self, missing: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], tuple[float, float] | None]]:
         """Part, its record, and when its first and last batch ended; in any order."""
         pool = self._pool(len(missing))
         arguments = {
@@ -199,7 +199,7 @@ class _Extraction:
         for row in done.iter_rows():
             found = json.loads(row["found"])
             if "error" in found:
-                raise _named(found["error"])(found["message"])
+                raise _error_class(found["error"])(found["message"])
             yield int(row["part"]), found["record"], found["span"]
 
     def _pool(self, parts: int) -> _Pool:
@@ -245,14 +245,14 @@ def _speed(ends: Sequence[tuple[float, float]], images: int, batch: int) -> floa
     return (images - min(batch, images)) / seconds if seconds > 0 else None
 
 
-def _named(name: str) -> type[HashdistError]:
+def _error_class(name: str) -> type[HashdistError]:
     """The class of an error that travelled as text: Ray passes on no more than the traceback."""
     found: type[HashdistError] = getattr(errors, name, HashdistError)
     return found
 
 
 class Extractor:
-    """What an actor does: one part at a time, from encoded bytes to a committed file of features."""
+    """An actor: takes one part at a time from encoded bytes to a committed file of features."""
 
     def __init__(
         self,
@@ -278,11 +278,11 @@ class Extractor:
         return agree(self._target, self._settings, self._weights, self._build)
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, list[Any]]:
-        """What came of the parts at these positions of `parts`, as JSON: a record and a span, or an error of ours."""
+        """Do the parts at these positions of `parts`; returns as JSON a record and a span, or an error of ours."""
         parts = [int(self._parts[position]) for position in batch["id"]]
-        return {"part": parts, "found": [json.dumps(self._found(part)) for part in parts]}
+        return {"part": parts, "found": [json.dumps(self._answer(part)) for part in parts]}
 
-    def _found(self, part: int) -> dict[str, Any]:
+    def _answer(self, part: int) -> dict[str, Any]:
         try:
             record, span = self.extract(part)
         except HashdistError as error:

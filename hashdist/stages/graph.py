@@ -51,7 +51,7 @@ def snapshot(settings: Settings, features: Artefact) -> Artefact:
     """
     if settings.graph.snapshot:
         return open_artefact(settings.graph.snapshot, KIND)
-    identity = _identity(_chosen(settings))
+    identity = _identity(_with_rule(settings))
     return artefacts.target(settings, KIND, REVISION, inputs={"features": features.name}, identity=identity)
 
 
@@ -65,7 +65,7 @@ def run(settings: Settings, features: Artefact) -> dict[str, Any]:
     graph = snapshot(settings, features)
     if graph.exists():
         return _result(graph, started, skipped=True)
-    chosen = _chosen(settings)
+    chosen = _with_rule(settings)
     ids = _sample(chosen, features)
     k1, k2 = sizes(chosen, len(ids), f"{features.uri} ({features.manifest()['failed']} rows of it have none)")
     plan, _ = create_record(graph.store, PLAN, {"part_rows": max(1, chosen.part_rows)})
@@ -78,13 +78,13 @@ def run(settings: Settings, features: Artefact) -> dict[str, Any]:
     return _result(graph, started, skipped=False)
 
 
-def _chosen(settings: Settings) -> GraphSettings:
+def _with_rule(settings: Settings) -> GraphSettings:
     """The settings with the rule that `auto` stands for. Raises InvalidInput for an unknown one."""
     return replace(settings.graph, rule=rule_for(settings.train.method, settings.graph.rule))
 
 
 def _identity(chosen: GraphSettings) -> dict[str, Any]:
-    """What names the graph: of a protocol file its sets, not where it lies."""
+    """The settings that name the graph: of a protocol file its sets, not its place."""
     return {**chosen.identity(), "protocol": identity(chosen.protocol)}
 
 
@@ -105,7 +105,7 @@ def _sample(chosen: GraphSettings, features: Artefact) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the tasks need; called with a part's number, does that part and returns its record.
+    """Work of the tasks; called with a part's number, does that part and returns its record.
 
     Parts: 0 the sample, then for each run of rows its neighbours, then their join, then for each run of rows its W,
     then the join of those. `records` are those of the phases before.

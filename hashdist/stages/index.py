@@ -34,10 +34,10 @@ from hashdist.store import Entry
 from hashdist.store.commit import Artefact, Log, open_artefact, read_table
 
 COLUMNS = ["digest", "labels"]
-"""What a shard keeps beside codes, ids and keys: what re-indexing compares, and what evaluation needs."""
+"""Columns of a shard beside codes, ids and keys: re-indexing compares the first, evaluation needs the second."""
 
 LISTED = ["size", "stamp"]
-"""Likewise, from the collection where there is one: what re-indexing looks at first."""
+"""Likewise, from the collection where there is one: re-indexing looks at these first."""
 
 _MOST_SALTS = 1000
 _FEATURE_BYTES = 1 << 30
@@ -57,12 +57,12 @@ def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
     manifest = codes.manifest()
     index = _open_or_create(settings.index.location(settings.root), manifest["bits"])
     features = _features(settings, codes)
-    if _built(index.manifest, codes, features):
+    if _is_built_from(index.manifest, codes, features):
         return _result(index, started, skipped=True)
     from hashdist.evaluation import gate  # brings torch with it, which the tasks that write shards do without
 
     checks = gate.for_build(settings, codes)
-    if _waits(index, codes, features):
+    if _is_candidate(index, codes, features):
         say("index: these codes wait as a candidate already; nothing is written, the gate looks at them again")
         promotion.promote(index, checks)
         return _result(index, started, skipped=False)
@@ -82,17 +82,19 @@ def run(settings: Settings, codes: Artefact) -> dict[str, Any]:
             salts={key: salt for part in written for key, salt in part.salts.items()},
             model=manifest["model_digest"],
             model_uri=manifest["model"],
-            lineage=_lineage(settings, codes) | {rerank.PART: _kept(features)} | _seen(index, written, listing),
+            lineage=_lineage(settings, codes)
+            | {rerank.PART: _features_entry(features)}
+            | _reindex_fields(index, written, listing),
             gate=checks,
         )
     except Conflict:
         index = open_index(index.uri)
-        if not _built(index.manifest, codes, features):
+        if not _is_built_from(index.manifest, codes, features):
             raise
     return _result(index, started, skipped=False)
 
 
-def _built(content: Mapping[str, Any], codes: Artefact, features: Artefact | None) -> bool:
+def _is_built_from(content: Mapping[str, Any], codes: Artefact, features: Artefact | None) -> bool:
     """Whether this content was built from these codes, with features beside them if they are wanted."""
     return content.get("built_from") == codes.name and (content.get(rerank.PART) is None) == (features is None)
 
@@ -110,7 +112,7 @@ def _features(settings: Settings, codes: Artefact) -> Artefact | None:
     return open_artefact(made_from["uri"], "features")
 
 
-def _kept(features: Artefact | None) -> dict[str, Any] | None:
+def _features_entry(features: Artefact | None) -> dict[str, Any] | None:
     return None if features is None else {"width": features.manifest()["width"], "features": features.uri}
 
 
@@ -121,10 +123,10 @@ def _shard_rows(settings: Settings, features: Artefact | None) -> int:
     return min(settings.index.shard_rows, max(1, _FEATURE_BYTES // (2 * int(features.manifest()["width"]))))
 
 
-def _waits(index: Index, codes: Artefact, features: Artefact | None) -> bool:
+def _is_candidate(index: Index, codes: Artefact, features: Artefact | None) -> bool:
     """Whether these codes are the candidate, and no row was added, changed or removed since."""
     candidate = index.manifest.get("candidate") or {}
-    made = candidate.get("operation") == "build" and _built(candidate, codes, features)
+    made = candidate.get("operation") == "build" and _is_built_from(candidate, codes, features)
     return made and promotion.lost_by(index.view, candidate) is None
 
 
@@ -138,7 +140,7 @@ def _open_or_create(uri: str, bits: int) -> Index:
 
 
 class _Written(NamedTuple):
-    """What a task has made: a shard (None where no row has a code), the salts > 0 of its keys, notes about failures."""
+    """The product of a task: a shard (None where no row has a code), salts > 0 of its keys, notes about failures."""
 
     shard: dict[str, Any] | None
     salts: dict[str, int]
@@ -162,7 +164,7 @@ class _WriteShard:
         notes = table.filter(pc.not_equal(table["status"], OK)).select(SEEN.names).cast(SEEN)
         if not len(good):
             return _Written(None, {}, notes)
-        arrays = {} if self.features is None else {rerank.PART: _beside(self.features, parts, table["id"], good)}
+        arrays = {} if self.features is None else {rerank.PART: _features_of(self.features, parts, table["id"], good)}
         table = table.take(good)
         vectors = np.asarray(from_vectors(table["code"], table.schema), np.uint8)
         rows = Rows(table["id"].to_numpy(), vectors, table["key"], table.select([*COLUMNS, *LISTED]), arrays)
@@ -194,8 +196,8 @@ def _with_stamps(table: pa.Table, listing: Artefact | None, parts: Sequence[int]
     return table.append_column("size", listed["size"].take(at)).append_column("stamp", listed["stamp"].take(at))
 
 
-def _seen(index: Index, written: Sequence[_Written], listing: Artefact | None) -> dict[str, Any]:
-    """What a re-index starts from: notes about failures, the files that were read, and when they were listed."""
+def _reindex_fields(index: Index, written: Sequence[_Written], listing: Artefact | None) -> dict[str, Any]:
+    """Fields that a re-index starts from: notes about failures, the files that were read, when they were listed."""
     names = index.versions.new_attempt()
     found: dict[str, Any] = {}
     notes = last_of_each(part.notes for part in written)
@@ -217,7 +219,7 @@ def _table(artefact: Artefact, parts: Sequence[int], columns: list[str]) -> pa.T
     return pa.concat_tables(read_table(artefact.store, files[part], columns) for part in parts)
 
 
-def _beside(
+def _features_of(
     features: Artefact, parts: Sequence[int], ids: pa.ChunkedArray, rows: NDArray[np.int64]
 ) -> NDArray[np.float16]:
     """Features, as an index keeps them, of some rows of parts of codes; both artefacts are cut into the same parts."""

@@ -141,7 +141,7 @@ def _wants_gpus(wanted: TrainSettings) -> bool:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every worker is told: where everything lies."""
+    """The message to every worker: where everything lies."""
 
     settings: Settings
     model: Artefact
@@ -315,7 +315,7 @@ def _work(job: _Job) -> None:
         backbone=backbone,
     )
     if comm.rank == 0:
-        checkpoints.finish(_finished(job, data, trained))
+        checkpoints.finish(_finished_fields(job, data, trained))
 
 
 def _gpu() -> torch.device:
@@ -363,7 +363,7 @@ def _inputs(job: _Job, comm: Communicator) -> tuple[TrainingData, nn.Module | No
     return replace(data, images=lambda rows: torch.from_numpy(images[rows])), backbone
 
 
-def _finished(job: _Job, data: TrainingData, trained: Trained) -> dict[str, Any]:
+def _finished_fields(job: _Job, data: TrainingData, trained: Trained) -> dict[str, Any]:
     """Write the weights into the model's folder; what the finished version says of them."""
     store = job.model.store
     head = _weights(trained.network)

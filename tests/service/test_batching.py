@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hashdist.ground.errors import InvalidInput
 from hashdist.index import Index, create_index
-from hashdist.service.batching import Batches, Found
+from hashdist.service.batching import Answer, Batches
 
 
 class Counting(Index):
@@ -71,7 +71,7 @@ async def together(indexes: list[Counting], queries: list[Query]) -> list[Any]:
 def test_company_changes_no_answer(indexes: list[Counting], queries: list[Query]) -> None:
     for (which, code, k, where), found in zip(queries, asyncio.run(together(indexes, queries)), strict=True):
         alone = Index.search(indexes[which], np.array([[code % 256, code // 256]], np.uint8), k, where or None)
-        assert isinstance(found, Found)
+        assert isinstance(found, Answer)
         assert found.ids.tolist() == alone.ids[0].tolist()
         assert found.distances.tolist() == alone.distances[0].tolist()
         assert found.keys == alone.keys()[0]

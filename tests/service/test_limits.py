@@ -11,7 +11,7 @@ import pytest
 from hashdist.ground.errors import Corrupt, InvalidInput, Unavailable
 from hashdist.ground.progress import plain
 from hashdist.service import limits
-from hashdist.service.api import shared
+from hashdist.service.api import share
 from hashdist.service.limits import Border, Bucket
 
 Sent = list[dict[str, Any]]
@@ -196,7 +196,7 @@ def test_all_who_ask_share_one_scrape() -> None:
         return "text"
 
     async def ask() -> list[str]:
-        scraped = shared(scrape)
+        scraped = share(scrape)
         found = await asyncio.gather(*(scraped() for _ in range(20)))
         return [*found, await scraped()]
 

@@ -1,1 +1,1 @@
-"""The border to Ray: session, tasks, workers, metrics, peers. Imports what stages import."""
+"""The border to Ray: session, tasks, workers, metrics, peers, and Ray's private parts. Imports no stage."""

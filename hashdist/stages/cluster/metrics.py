@@ -41,12 +41,12 @@ class RaySink:
 
 
 def exported_metrics(timeout_s: float = 2.0) -> str:
-    """What all nodes' metrics agents hold of this package, as one Prometheus text.
+    """This package's metrics from the agents of all nodes, as one Prometheus text.
 
     For any process of a Ray session. An agent that gives no Prometheus text in time is counted in a comment.
     """
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return _merged([_agent(node) for node in alive], timeout_s)
+    return _merge([_agent(node) for node in alive], timeout_s)
 
 
 def _agent(node: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ def _agent(node: dict[str, Any]) -> str:
     return f"http://{f'[{address}]' if ':' in address else address}:{node['MetricsExportPort']}/metrics"
 
 
-def _merged(urls: Sequence[str], timeout_s: float) -> str:
+def _merge(urls: Sequence[str], timeout_s: float) -> str:
     families, silent = exporting.Families("ray_hashdist_"), 0
     fetch = partial(urllib.request.build_opener(urllib.request.ProxyHandler({})).open, timeout=timeout_s)
     with ThreadPoolExecutor(max(1, len(urls))) as pool:

@@ -149,5 +149,5 @@ def cpus_per_gpu() -> int:
 
 
 def _machines() -> list[dict[str, float]]:
-    """What each machine of the session has."""
+    """Resources of each machine of the session."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]

@@ -159,7 +159,7 @@ class GlooConfig(BackendConfig):
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """What sets the group up."""
+        """The class that sets the group up."""
         return _Gloo
 
 

@@ -23,7 +23,7 @@ os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # tests wait fo
 settings.register_profile("hashdist", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("hashdist")
 
-STAGES_FOLLOW = {"features.source", "train.mode"}
+STAGES_FOLLOW = {"features.source", "features.snapshot", "train.mode"}
 """Settings by which the order of all stages is known; a command that is not about them reads them for that alone."""
 
 SHARED = REPOSITORY.parent / "shared" / "data"

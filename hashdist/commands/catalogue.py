@@ -104,12 +104,6 @@ def _named(section: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in (*names, "snapshot"))
 
 
-def _but_snapshot(section: str) -> tuple[str, ...]:
-    """All settings of a stage but the snapshot that takes its place."""
-    kind = get_type_hints(Settings)[section]
-    return tuple(f"{section}.{field.name}" for field in fields(kind) if field.name != "snapshot")
-
-
 # what is read to find the artefacts up to these
 _LISTING = ("root", "fresh", "cluster", "collection")
 _FEATURES = (*_LISTING, *_named("features"))
@@ -193,14 +187,14 @@ GROUPS: dict[str, dict[str, Command]] = {
         "train": _stage(
             "train",
             "train a hash function",
-            (*_GRAPH, *_but_snapshot("train")),
+            (*_GRAPH, "train"),
             (
                 *("train.method", "train.preset", "train.bits", "train.mode", "train.seed", "train.workers"),
                 "train.options",
             ),
             short="train",
         ),
-        "encode": _stage("encode", "codes of the whole collection", (*_MODEL, "encode.workers"), ("encode.workers",)),
+        "encode": _stage("encode", "codes of the whole collection", (*_MODEL, "encode"), ("encode.workers",)),
         "index build": _stage(
             "index",
             "build the sharded index from the codes",
@@ -343,7 +337,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "methods x code lengths x seeds on one protocol: tables and figures",
             "hashdist.commands.compare:run",
             (
-                *(*_FEATURES, "graph", "encode.workers"),
+                *(*_FEATURES, "graph", "encode"),
                 *("train.mode", "train.workers", "train.threads", "train.gpu", "train.max_failures"),
                 *("train.checkpoint_steps", "evaluate.protocol", "evaluate.cut", "evaluate.precision_at"),
                 "evaluate.recall_at",

@@ -275,13 +275,13 @@ def test_copies_that_others_made_serve_where_nothing_can_be_written(
         return real(folder)
 
     monkeypatch.setattr(cache, "_Cache", refused)
-    cache._opened.cache_clear()
+    cache._open_once.cache_clear()
     user = User()
     assert local_file(remote, entry, user).read_bytes()[-1:] == b"a"
     assert len(remote.requests) == 1
     local_file(remote, made(remote, "b"))
     assert held(own_cache) == {entry["sha256"]}
-    cache._opened.cache_clear()
+    cache._open_once.cache_clear()
 
 
 # Opening an index

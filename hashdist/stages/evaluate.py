@@ -72,16 +72,16 @@ def run(settings: Settings, codes: Artefact, features: Artefact | None = None) -
         raise InvalidInput(f"{codes.uri} has no labels, so features are needed to measure recall; found neither")
     exact = _exact_neighbours(task, features, wanted.recall_at) if features is not None else None
     name, trained_on = _model_of(codes, settings, task)
-    found = {name: _search(task, _codes(codes))}
+    found = {name: _search(task, CodeSource(codes, "code", None))}
     for baseline in wanted.baselines:
         assert features is not None
         encoder = _fit(settings, baseline, codes, features, trained_on)
-        found[baseline] = _search(task, _encoded(features, encoder))
+        found[baseline] = _search(task, CodeSource(features, "feature", encoder))
     found = {method: replace(results, exact_QK=exact) for method, results in found.items()}
     by_method = {method: measure.metrics(results, Cuts.of(wanted)) for method, results in found.items()}
     if exact is not None and features is not None and settings.index.rerank:
         for method, results in found.items():
-            by_method[method] |= _reranked(task, results, features, exact, wanted.recall_at)
+            by_method[method] |= _rerank(task, results, features, exact, wanted.recall_at)
     result = {
         "stage": "evaluate",
         "snapshot": codes.uri,
@@ -195,7 +195,7 @@ def _model_of(codes: Artefact, settings: Settings, task: Task) -> tuple[str, Ids
 # Where codes come from
 
 
-class Source(NamedTuple):
+class CodeSource(NamedTuple):
     """Codes by parts: those committed, or those that an encoder makes of committed features."""
 
     artefact: Artefact
@@ -206,14 +206,6 @@ class Source(NamedTuple):
         """The codes of a table of vectors."""
         vectors: NDArray[Any] = from_vectors(table[self.column], table.schema)
         return np.asarray(vectors, np.uint8) if self.encoder is None else bits.pack(self.encoder(vectors))
-
-
-def _codes(codes: Artefact) -> Source:
-    return Source(codes, "code", None)
-
-
-def _encoded(features: Artefact, encoder: Encoder) -> Source:
-    return Source(features, "feature", encoder)
 
 
 def _vectors(artefact: Artefact, column: str, ids: Ids) -> NDArray[Any]:
@@ -241,7 +233,7 @@ def _rows(artefact: Artefact, files: Sequence[dict[str, Any]], columns: list[str
 # Measuring
 
 
-def _search(task: Task, source: Source) -> Results:
+def _search(task: Task, source: CodeSource) -> Results:
     """Histograms and first results of all queries over the database."""
     table = read_vectors(source.artefact, [source.column], task.queries)
     queries_QW = source.to_codes(table)
@@ -254,14 +246,14 @@ def _search(task: Task, source: Source) -> Results:
         best = found if best is None else scan.merge(best, found, task.depth)
     if best is None or (best.counts_Q != task.depth).any():
         raise InvalidInput(f"{task.database_size} images with codes are needed; {source.artefact.uri} has fewer")
-    ids, relevant = _unpacked(best.rows_QK)
+    ids, relevant = _unpack(best.rows_QK)
     if task.own:
         histograms, relevant, ids = _without_own(task, histograms, relevant, ids)
     return Results(ids, histograms, relevant) if task.classes else Results(ids)
 
 
 def _part(
-    task: Task, source: Source, queries_QW: NDArray[np.uint8], files: list[dict[str, Any]]
+    task: Task, source: CodeSource, queries_QW: NDArray[np.uint8], files: list[dict[str, Any]]
 ) -> tuple[NDArray[np.int64], scan.Nearest]:
     """Work of one task: some parts of the database against all queries."""
     table = _rows(source.artefact, files, ["labels", source.column], task.database)
@@ -270,17 +262,17 @@ def _part(
     found = measure.search(codes_NW, queries_QW, masks, task.masks, task.depth, threads=1)
     if not len(ids):
         return found.histograms, found.nearest
-    packed = _packed(ids[found.nearest.rows_QK.clip(min=0)], found.relevant)
+    packed = _pack(ids[found.nearest.rows_QK.clip(min=0)], found.relevant)
     return found.histograms, found.nearest._replace(rows_QK=packed)
 
 
-def _packed(ids: Ids, relevant: NDArray[np.bool_]) -> Ids:
+def _pack(ids: Ids, relevant: NDArray[np.bool_]) -> Ids:
     """Id and relevance in one int64 that is ordered as the id is: lists are merged without a second column."""
     packed: Ids = ((ids - _HALF) << np.int64(1)) | relevant
     return packed
 
 
-def _unpacked(packed: Ids) -> tuple[Ids, NDArray[np.bool_]]:
+def _unpack(packed: Ids) -> tuple[Ids, NDArray[np.bool_]]:
     return (packed >> np.int64(1)) + _HALF, (packed & 1).astype(np.bool_)
 
 
@@ -296,7 +288,7 @@ def _without_own(
     return others, relevant[keep].reshape(shape), ids[keep].reshape(shape)
 
 
-def _reranked(task: Task, results: Results, features: Artefact, exact: Ids, k: int) -> dict[str, float]:
+def _rerank(task: Task, results: Results, features: Artefact, exact: Ids, k: int) -> dict[str, float]:
     """Recall of two-stage ranking: the first candidates by (distance, id), ordered by the cosine of kept features."""
     candidates_QC = results.found_QR[:, : rerank.CANDIDATES_PER_RESULT * k]
     queries_QD = _vectors(features, "feature", task.queries)

@@ -84,7 +84,7 @@ def _chosen(settings: Settings) -> GraphSettings:
 
 
 def _identity(chosen: GraphSettings) -> dict[str, Any]:
-    """What names the graph: of a protocol file its sets, not where it lies."""
+    """The settings that name the graph: of a protocol file its sets, not where it lies."""
     return {**chosen.identity(), "protocol": identity(chosen.protocol)}
 
 
@@ -105,7 +105,7 @@ def _sample(chosen: GraphSettings, features: Artefact) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the tasks need; called with a part's number, does that part and returns its record.
+    """The work of the tasks: called with the number of a part, it does that part and returns its record.
 
     Parts: 0 the sample, then for each run of rows its neighbours, then their join, then for each run of rows its W,
     then the join of those. `records` are those of the phases before.

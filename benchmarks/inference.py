@@ -38,7 +38,7 @@ def plain(batch: int) -> Forward:
     def forward(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             parts = [torch.from_numpy(images[i : i + batch]) for i in range(0, len(images), batch)]
-            return np.concatenate([net.pooled(net.body(net.inputs(p).contiguous())).numpy() for p in parts])
+            return np.concatenate([net.pool(net.body(net.inputs(p).contiguous())).numpy() for p in parts])
 
     return forward
 

@@ -305,7 +305,7 @@ def _line(settings: Settings, row: Mapping[str, Any]) -> str:
 
 def _metrics(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The metrics that tables show, the main one first."""
-    names = [*measure.tabled(Cuts.of(settings.evaluate)), *classification.METRICS]
+    names = [*measure.tables(Cuts.of(settings.evaluate)), *classification.METRICS]
     return [name for name in names if rows and name in rows[0]["metrics"]]
 
 

@@ -21,7 +21,7 @@ COSTS = (0.01, 0.1, 1.0, 10.0)
 
 
 METRICS = ("svm_accuracy", "svm_seconds")
-"""Names of what a comparison reports of it."""
+"""Names of the numbers that a comparison reports."""
 
 
 class LabelledCodes(NamedTuple):
@@ -32,7 +32,7 @@ class LabelledCodes(NamedTuple):
 
 
 class Classified(NamedTuple):
-    """What the classifier did.
+    """The result of a classification.
 
     Attributes:
         accuracy: on the test part, the mean over its classes of the share that was recognised.

@@ -49,7 +49,7 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a data set's own files say of its N images.
+    """The N images of a data set, as its own files describe them.
 
     Args:
         keys: [N], paths with `/`, distinct.
@@ -182,7 +182,7 @@ class _DataUnpickler(pickle.Unpickler):
 
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
-"""What numpy's own pickles call to make an empty array."""
+"""The function that pickles of numpy call to make an empty array."""
 
 
 # Folders of images
@@ -389,7 +389,7 @@ def _check_distinct(path: Path, keys: list[str]) -> None:
 
 
 class Converted(NamedTuple):
-    """What `convert` wrote: images, and how many of them have no bytes because their file is missing."""
+    """Images that `convert` wrote, and how many of them have no bytes because their file is missing."""
 
     rows: int
     missing: int

@@ -41,7 +41,7 @@ _LEAST_APART = 0.5  # bits by which old rows are taken to lie apart at least, wh
 
 
 def measure(before: View, codes_NW: NDArray[np.uint8]) -> dict[str, Any]:
-    """What the module's table says, of an increment against the version that it is to join.
+    """The drift of an increment against the version that it is to join: the numbers of the module docstring.
 
     Args:
         before: the version; its codes are of the same model.
@@ -87,7 +87,7 @@ def measure(before: View, codes_NW: NDArray[np.uint8]) -> dict[str, Any]:
         "retrain_recommended": bool(score >= 1),
     }
     _export(found)
-    rounded: dict[str, Any] = _rounded(found)
+    rounded: dict[str, Any] = _round(found)
     return {**rounded, "text": _text(rounded)}
 
 
@@ -200,7 +200,7 @@ def _export(found: dict[str, Any]) -> None:
         telemetry.RETRAIN.inc()
 
 
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
+        return {name: _round(item) for name, item in value.items()}
     return round(float(value), 4) if isinstance(value, float | np.floating) else value

@@ -194,7 +194,7 @@ class Experiment:
         Args:
             recipe: what.
             length: code length in bits.
-            watch: measure after every so many epochs too; 0 = never.
+            watch: epochs between two measurements along the way; 0 = none.
         """
         return self._train(recipe, length, watch) if recipe.deep else self._fit_shallow(recipe, length)
 

@@ -79,7 +79,7 @@ def training(history: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
 
 
 def rounds(entries: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """What the similarity was at the end of each round: positive pairs n_+, threshold m, agreement F_w.
+    """The similarity at the end of each round: positive pairs n_+, threshold m, agreement F_w.
 
     Args:
         entries: one per round, each with `round` and any of `pairs`, `m`, `f_w`; a panel for each that is a number

@@ -51,7 +51,7 @@ _ABOVE_CHANCE = 0.02  # of a first version whose features are not at hand, as a 
 _ALIVE = 0.5  # share of the probe set that must still be in the index
 _PARTS_BEFORE = 2  # of the codes that an increment joins: a cron must stay cheap
 _DEPTH = 2  # neighbours kept of each query, as a multiple of k: some of them will be deleted
-_SHARE_NEAR = 20  # k is at most one in so many of the probe set
+_SHARE_NEAR = 20  # k is at most the size of the probe set over this
 
 Ids = NDArray[np.int64]
 Check = dict[str, Any]
@@ -77,7 +77,7 @@ def for_candidate(settings: Settings, index: Index) -> Gate:
     """The gate for a candidate that waits, by the lineage that it carries."""
     candidate = index.manifest.get("candidate") or {}
     named = candidate.get("about", {}).get("inputs", {}).get("codes")
-    sources = [_opened(named["uri"], "codes")] if named else []
+    sources = [_open(named["uri"], "codes")] if named else []
     base = [] if named and named["digest"] == candidate.get("built_from") else _built_from(settings, candidate)
     return Checks(settings.gate, [source for source in sources if source], base)
 
@@ -85,11 +85,11 @@ def for_candidate(settings: Settings, index: Index) -> Gate:
 def _built_from(settings: Settings, manifest: Any) -> list[Artefact]:
     """The codes that an index was built from, where they are still there."""
     name = manifest.get("built_from")
-    found = _opened(f"{settings.root.rstrip('/')}/codes/{name}", "codes") if name and settings.root else None
+    found = _open(f"{settings.root.rstrip('/')}/codes/{name}", "codes") if name and settings.root else None
     return [found] if found else []
 
 
-def _opened(uri: str, kind: str) -> Artefact | None:
+def _open(uri: str, kind: str) -> Artefact | None:
     try:
         return open_artefact(uri, kind)
     except (NotFound, InvalidInput):
@@ -118,7 +118,7 @@ class Checks:
         few = proposed.manifest["rows"] < self.limits.fewest
         if few:
             reason = f"the index has {proposed.manifest['rows']} rows, fewer than {self.limits.fewest} (gate.fewest)"
-            checks += [_skipped(name, reason) for name in ("bits", "collisions", "quality")]
+            checks += [_skip(name, reason) for name in ("bits", "collisions", "quality")]
         else:
             probes, at_random = self._probe_set(served, proposed)
             places = _present(proposed.locate(probes.ids))
@@ -148,12 +148,12 @@ class Checks:
     def _probes(self, proposed: View) -> Check:
         name, uri = "probes", proposed.manifest["model_uri"]
         if not proposed.manifest["rows"]:
-            return _skipped(name, "there are no rows")
+            return _skip(name, "there are no rows")
         if not uri:
-            return _skipped(name, "the index does not name the model that made its codes")
-        artefact = _opened(uri, "models")
+            return _skip(name, "the index does not name the model that made its codes")
+        artefact = _open(uri, "models")
         if artefact is None:
-            return _skipped(name, f"no model is committed at {uri}")
+            return _skip(name, f"no model is committed at {uri}")
         gpu = artefact.manifest()["mode"] == "images" and torch.cuda.is_available()
         model = load_model(uri, device="cuda" if gpu else "cpu")
         if model.digest != proposed.manifest["model"]:
@@ -164,12 +164,12 @@ class Checks:
         sources += [(codes, min(_PARTS_BEFORE, self.limits.parts)) for codes in before]
         share = -(-self.limits.probes // max(1, len(sources)))
         try:
-            made = [_encoded_again(codes, model, proposed, share, parts) for codes, parts in sources]
+            made = [_encode_again(codes, model, proposed, share, parts) for codes, parts in sources]
         except InvalidInput as error:
             return _check(name, False, 0.0, self.limits.agreement, f"the model cannot encode what it should: {error}")
         ids = np.concatenate([np.empty(0, np.int64), *(again.ids for again in made)])
         if not len(ids):
-            return _skipped(name, "no features of indexed rows are at hand, nor images that were encoded just now")
+            return _skip(name, "no features of indexed rows are at hand, nor images that were encoded just now")
         codes_NW = np.concatenate([again.codes_NW for again in made])
         stored_NW = proposed.codes(proposed.locate(ids))
         distances = np.bitwise_count(codes_NW ^ stored_NW).sum(1)
@@ -242,12 +242,12 @@ class Checks:
         codes_SW: NDArray[np.uint8],
         at_random: NDArray[np.uint8] | None,
     ) -> tuple[Check, dict[str, Any] | None]:
-        """What counts is how far a value stands above that of the same codes given to other images: chance."""
+        """Judged is how far a value stands above chance, that of the same codes given to other images."""
         labels = pa.array(proposed.column(places, "labels"), pa.list_(pa.int32()))
         labelled = pc.greater(pc.fill_null(pc.list_value_length(labels), 0), 0).to_numpy(zero_copy_only=False)
         task = _Task(places.ids, _masks(labels) if labelled.mean() >= _ALIVE else None, probes, self.limits)
         if not task.queries:
-            return _skipped("quality", "there are neither labels nor features of the indexed images"), None
+            return _skip("quality", "there are neither labels nor features of the indexed images"), None
         value = task.measure(codes_SW)
         found = {
             "measure": task.name,
@@ -270,7 +270,7 @@ class Checks:
         return _check("quality", value >= least, value, least, text, measure=task.name), found
 
     def _last(self, served: View, task: "_Task", probes: Probes) -> tuple[float | None, str]:
-        """What the served version reached, and where that is known from."""
+        """The value that the served version reached, and where it is known from."""
         quality = served.manifest.get("quality") or {}
         if quality.get("measure") == task.name:
             same = "" if quality["probes"] == probes.entry["sha256"] else ", on another probe set"
@@ -355,7 +355,7 @@ def _check(name: str, passed: bool, value: float, limit: float, text: str, **mor
     return {"name": name, "passed": bool(passed), "value": value, "limit": limit, "text": text, **more}
 
 
-def _skipped(name: str, reason: str) -> Check:
+def _skip(name: str, reason: str) -> Check:
     text = f"not checked: {reason}"
     return {"name": name, "passed": True, "skipped": True, "value": None, "limit": None, "text": text}
 
@@ -363,15 +363,15 @@ def _skipped(name: str, reason: str) -> Check:
 # What rows were encoded from
 
 
-class _Again(NamedTuple):
+class _Reencoded(NamedTuple):
     ids: Ids
     codes_NW: NDArray[np.uint8]
 
 
-def _encoded_again(codes: Artefact, model: Model, view: View, count: int, parts: int) -> _Again:
+def _encode_again(codes: Artefact, model: Model, view: View, count: int, parts: int) -> _Reencoded:
     """Some of the rows of `view` that came from these codes, encoded again from what these were encoded from."""
-    none = _Again(np.empty(0, np.int64), np.empty((0, model.bits // 8), np.uint8))
-    source = _encoded_from(codes)
+    none = _Reencoded(np.empty(0, np.int64), np.empty((0, model.bits // 8), np.uint8))
+    source = _source_of(codes)
     if source is None:
         return none
     rows = _rows_of(source, view, count, parts)
@@ -380,34 +380,34 @@ def _encoded_again(codes: Artefact, model: Model, view: View, count: int, parts:
     if source.kind == "features":
         check_features(model.manifest, source.manifest(), model.uri, source.uri)
         ids, features_ND = _features(source, rows)
-        return _Again(ids, model.encode_features(features_ND))
+        return _Reencoded(ids, model.encode_features(features_ND))
     ids, pictures = _images(Collection(source), rows)
     encoded = model.encode_readable(pictures)
     good = np.array([reason is None for reason in encoded.reasons], np.bool_)
-    return _Again(ids[good], encoded.codes[good])
+    return _Reencoded(ids[good], encoded.codes[good])
 
 
-def _encoded_from(codes: Artefact) -> Artefact | None:
+def _source_of(codes: Artefact) -> Artefact | None:
     inputs = codes.manifest()["inputs"]
     for kind in ("features", "collections"):
         if kind in inputs:
-            return _opened(inputs[kind]["uri"], kind)
+            return _open(inputs[kind]["uri"], kind)
     return None
 
 
 def _features_of(codes: Artefact) -> Artefact | None:
     """The features that the codes were made from, or that the model's graph was made from."""
-    source = _encoded_from(codes)
+    source = _source_of(codes)
     if source is None or source.kind == "features":
         return source
-    model = _opened(codes.manifest()["model"], "models")
+    model = _open(codes.manifest()["model"], "models")
     graph = model.manifest().get("inputs", {}).get("graphs") if model else None
-    made = _opened(graph["uri"], "graphs") if graph else None
+    made = _open(graph["uri"], "graphs") if graph else None
     features = made.manifest().get("inputs", {}).get("features") if made else None
-    return _opened(features["uri"], "features") if features else None
+    return _open(features["uri"], "features") if features else None
 
 
-class _Rows(NamedTuple):
+class _PartRows(NamedTuple):
     """Rows of an artefact: which part each is in."""
 
     ids: Ids
@@ -417,11 +417,11 @@ class _Rows(NamedTuple):
         return len(self.ids)
 
 
-def _rows_of(source: Artefact, view: View, count: int, parts: int) -> _Rows:
+def _rows_of(source: Artefact, view: View, count: int, parts: int) -> _PartRows:
     """The rows of smallest ids that are live in `view` with the same content, of evenly spaced parts of the source."""
     total = Collection(source).parts if source.kind == "collections" else len(source.manifest()["files"])
     chosen = np.unique(np.linspace(0, max(0, total - 1), min(total, parts)).astype(np.int64))
-    tables = [(part, _listed(source, int(part))) for part in chosen]
+    tables = [(part, _rows_in_part(source, int(part))) for part in chosen]
     ids = np.concatenate([np.empty(0, np.int64), *(table["id"].to_numpy() for _, table in tables)])
     where = np.concatenate([np.empty(0, np.int64), *(np.full(len(table), part) for part, table in tables)])
     digests = [digest for _, table in tables for digest in table["digest"].to_pylist()]
@@ -435,10 +435,10 @@ def _rows_of(source: Artefact, view: View, count: int, parts: int) -> _Rows:
         kept += [int(order[r]) for r, digest in zip(rows, stored, strict=True) if digest == digests[order[r]]]
         if len(kept) >= count:
             break
-    return _Rows(ids[kept[:count]], where[kept[:count]])
+    return _PartRows(ids[kept[:count]], where[kept[:count]])
 
 
-def _listed(source: Artefact, part: int) -> pa.Table:
+def _rows_in_part(source: Artefact, part: int) -> pa.Table:
     if source.kind == "collections":
         table = Collection(source).table(part)
     else:
@@ -446,7 +446,7 @@ def _listed(source: Artefact, part: int) -> pa.Table:
     return table.filter(pc.equal(table["status"], OK)).select(["id", "digest"])
 
 
-def _features(source: Artefact, rows: _Rows) -> tuple[Ids, NDArray[Any]]:
+def _features(source: Artefact, rows: _PartRows) -> tuple[Ids, NDArray[Any]]:
     """Ids, ascending, and the features of rows."""
     ids, vectors = [], []
     for part in np.unique(rows.parts):
@@ -458,7 +458,7 @@ def _features(source: Artefact, rows: _Rows) -> tuple[Ids, NDArray[Any]]:
     return np.concatenate(ids)[order], np.ascontiguousarray(np.concatenate(vectors)[order])
 
 
-def _images(collection: Collection, rows: _Rows) -> tuple[Ids, Iterator[bytes]]:
+def _images(collection: Collection, rows: _PartRows) -> tuple[Ids, Iterator[bytes]]:
     """Ids and encoded bytes of the rows that can still be read."""
     found = {
         image.id: image.data

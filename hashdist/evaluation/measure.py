@@ -45,7 +45,7 @@ class Cuts(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """What Q queries found in a database.
+    """The results of Q queries in a database.
 
     Attributes:
         found_QR: int64 [Q, R], rows or ids of the nearest images in (distance, id) order.
@@ -133,7 +133,7 @@ def metrics(results: Results, cuts: Cuts) -> dict[str, float]:
     }
 
 
-def tabled(cuts: Cuts) -> list[str]:
+def tables(cuts: Cuts) -> list[str]:
     """Names of the metrics that tables show, the main one first."""
     shown = sorted((metric for metric in METRICS if metric.tabled), key=lambda metric: not metric.main)
     return [metric.title(cuts) for metric in shown]

@@ -53,7 +53,7 @@ SETS = ("query", "train", "database", "validation")
 """The sets of a split, in the order in which digests take them."""
 
 FILE = "file:"
-"""What the name of a protocol in a file begins with."""
+"""The name of a protocol in a file begins with this."""
 
 _APART = (
     ("query", "database", "queries must not be in the database"),
@@ -177,12 +177,12 @@ def split(
     if len(np.unique(ids)) != len(ids):
         raise InvalidInput(f"ids must be distinct, found {len(ids) - len(np.unique(ids))} repeated ones")
     if name.startswith(FILE):
-        return _matched(name.removeprefix(FILE), np.asarray(ids, np.int64))
+        return _match(name.removeprefix(FILE), np.asarray(ids, np.int64))
     counts = _counts(name)
     if counts.own == "always" or (counts.own == "if given" and any(parts or ())):
         places = _own_parts(name, parts, len(ids))
     else:
-        places = _drawn(name, counts, ids, labels, seed)
+        places = _draw(name, counts, ids, labels, seed)
     database = np.setdiff1d(np.arange(len(ids)), np.concatenate([places["query"], places["validation"]]))
     train = database if counts.train is None and counts.own == "no" else places["train"]
     if not counts.train_found:
@@ -228,13 +228,13 @@ def _own_parts(name: str, parts: Sequence[str] | None, rows: int) -> dict[str, N
     return {"query": found["test"], "train": found["train"], "validation": found["val"]}
 
 
-def _drawn(
+def _draw(
     name: str, counts: _Counts, ids: NDArray[np.int64], labels: Labels | None, seed: int
 ) -> dict[str, NDArray[np.int64]]:
     """Rows drawn for each set, ascending."""
     drawn = _drawing_order(ids, seed)
     if counts.several_labels:
-        return _filled(name, counts, labels, drawn)
+        return _fill(name, counts, labels, drawn)
     groups = _by_class(name, counts, labels, drawn) if counts.per_class else {"all": drawn}
     for label, rows in groups.items():
         _check_enough(name, counts, label, len(rows))
@@ -259,9 +259,7 @@ def _by_class(
     return {str(label): drawn[classes == label] for label in np.unique(classes)}
 
 
-def _filled(
-    name: str, counts: _Counts, labels: Labels | None, drawn: NDArray[np.int64]
-) -> dict[str, NDArray[np.int64]]:
+def _fill(name: str, counts: _Counts, labels: Labels | None, drawn: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
     """Every image in drawing order takes a training or else a query place of its first label that has one left."""
     listed = [sorted(given) for given in _checked_labels(name, counts, labels, len(drawn))]
     classes = {label for given in listed for label in given}
@@ -341,7 +339,7 @@ def identity(name: str) -> str:
 
 
 class Protocol(NamedTuple):
-    """What a protocol file holds.
+    """The content of a protocol file.
 
     Attributes:
         name: what it was drawn by, or any.
@@ -363,7 +361,7 @@ class Protocol(NamedTuple):
         return {"name": self.name, "seed": self.seed, "source": self.source, **sets}
 
 
-def _matched(uri: str, ids: NDArray[np.int64]) -> Split:
+def _match(uri: str, ids: NDArray[np.int64]) -> Split:
     """The sets of a file as rows of `ids`."""
     protocol = read_protocol(uri)
     order = np.argsort(ids)
@@ -437,7 +435,7 @@ def read_protocol(uri: str) -> Protocol:
             were written; queries are in another set.
     """
     store, file = _place(uri)
-    return _parsed(store.get(file), uri)
+    return _parse(store.get(file), uri)
 
 
 def _place(uri: str) -> tuple[Store, str]:
@@ -448,7 +446,7 @@ def _place(uri: str) -> tuple[Store, str]:
 
 
 @lru_cache(maxsize=4)
-def _parsed(data: bytes, uri: str) -> Protocol:
+def _parse(data: bytes, uri: str) -> Protocol:
     """The content of a file; kept, because every stage asks for it."""
     advice = "make it with `hashdist protocol make`"
     try:

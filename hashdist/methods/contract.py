@@ -1,4 +1,4 @@
-"""What a method's file must offer, so that the one training loop (hashdist/models/training.py) can run it.
+"""The contract of a method's file with the one training loop (hashdist/models/training.py).
 
 A method is found by its file name in hashdist/methods. A deep method's file offers
 
@@ -35,7 +35,7 @@ from hashdist.methods.parts.communicator import Communicator
 from hashdist.methods.parts.standardize import Standardize
 
 Outputs = dict[str, Tensor]
-"""What a head returns for b images: "z" [b, L] and any others, each with b rows."""
+"""Outputs of a head for b images: "z" [b, L] and any others, each with b rows."""
 
 Encoder = Callable[[NDArray[np.floating]], NDArray[np.float32]]
 """A fitted shallow method: features [N, D] -> [N, L], bit = value >= 0."""
@@ -203,7 +203,7 @@ class Method:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the method keeps besides weights: tensors, numbers, strings and containers of them only."""
+        """The state of the method besides weights: tensors, numbers, strings and containers of them only."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

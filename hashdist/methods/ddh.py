@@ -13,7 +13,7 @@ ECML PKDD 2017. Unsupervised; learns from pairs that a fixed graph, of neighbour
 | lambda1/2 sum_i norm(z_i - b_i)^2 | `quantisation` (D2) | number | Eq 12 |
 | lambda2 (norm(W)^2 + norm(c)^2) | `weight_decay` of the optimiser | | Eq 12 |
 
-What the bank form (D3) keeps of all n images:
+The bank form (D3) keeps of all n images:
 
 | symbol | here | shape |
 |---|---|---|
@@ -155,7 +155,7 @@ class Similarity(Protocol):
         """These rows of U have changed by that much (float64)."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is summed over U."""
+        """The sums over U."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue with it."""
@@ -319,7 +319,7 @@ class Bank:
         return {"u": self.u_nL, "t": self.t_L, "g": self.g_LL}
 
     @classmethod
-    def restored(cls, state: Mapping[str, Tensor], place: Place) -> "Bank":
+    def from_state(cls, state: Mapping[str, Tensor], place: Place) -> "Bank":
         """From a state_dict."""
         bank = cls.__new__(cls)
         bank.u_nL = state["u"].to(place.device, place.dtype, copy=True)
@@ -405,7 +405,7 @@ class Method(contract.Method):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The bank and the sums over it."""
         if self.settings.pairs == "bank":
-            self.bank = Bank.restored(state["bank"], self.place)
+            self.bank = Bank.from_state(state["bank"], self.place)
             self.similarity.load_state_dict(state["similarity"])
 
 

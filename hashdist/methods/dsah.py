@@ -143,7 +143,7 @@ def network(
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What the weights of one pair need to know of all pairs of the batch.
+    """All pairs of the batch, as far as the weights of one pair depend on them.
 
     Args:
         lse: log of the denominator of Eq 15 over the global batch (D5), diagonal included; carries gradient in

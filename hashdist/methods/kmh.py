@@ -70,10 +70,10 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int) -> ProductCells
     check_bits(bits)
     check_directions("KMH", bits, features_ND)
     with threadpool_limits(1):  # many small steps magnify what threads do to the last digit
-        return _fitted(features_ND, bits)
+        return _fit_cells(features_ND, bits)
 
 
-def _fitted(features_ND: NDArray[np.floating], bits: int) -> ProductCells:
+def _fit_cells(features_ND: NDArray[np.floating], bits: int) -> ProductCells:
     mean_D, centred_ND = centre(features_ND)
     subspaces = bits // BITS
     directions_DP = principal_directions(centred_ND, min(features_ND.shape) // subspaces * subspaces)
@@ -108,7 +108,7 @@ def cells(part_ND: NDArray[np.float32]) -> Matrix:
     for _ in range(TURNS):
         number_before_N, number_N = number_N, nearest(part_ND, codewords_KD)
         means_KD, share_K = centres(part_ND, number_N, codewords_KD)
-        codewords_KD = moved(codewords_KD, means_KD, share_K, scale)
+        codewords_KD = move(codewords_KD, means_KD, share_K, scale)
         if np.array_equal(number_N, number_before_N):
             break
     return codewords_KD
@@ -135,7 +135,7 @@ def fitted_scale(codewords_KD: Matrix, share_K: Matrix) -> float:
     return float((weights_KK * apart_KK * ROOTS_KK).sum() / max((weights_KK * ROOTS_KK**2).sum(), 1e-30))
 
 
-def moved(codewords_KD: Matrix, means_KD: Matrix, share_K: Matrix, scale: float) -> Matrix:
+def move(codewords_KD: Matrix, means_KD: Matrix, share_K: Matrix, scale: float) -> Matrix:
     """The codewords after STEPS of L-BFGS down E, the cells' images fixed."""
     found = minimize(
         lambda flat: energy(flat.reshape(codewords_KD.shape), means_KD, share_K, scale),

@@ -25,7 +25,7 @@ from scipy.linalg import eigh
 from threadpoolctl import threadpool_limits
 
 from hashdist.ground.bits import check_bits
-from hashdist.methods.parts.anchors import KernelProjection, anchor_kernel, check_images, sampled
+from hashdist.methods.parts.anchors import KernelProjection, anchor_kernel, check_images, draw_anchors
 from hashdist.methods.parts.labels import pair_labels
 from hashdist.methods.parts.projections import signs
 
@@ -47,7 +47,7 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int, labels_NC: NDAr
     check_bits(bits)
     check_images("KSH", len(features_ND), 2)
     with threadpool_limits(1):  # greedy bits magnify what threads do to the last digit
-        kernel, kernel_NM = anchor_kernel(features_ND, sampled(features_ND, ANCHORS, seed), centred=True)
+        kernel, kernel_NM = anchor_kernel(features_ND, draw_anchors(features_ND, ANCHORS, seed), centred=True)
         rows_S = np.random.default_rng([seed, 1]).permutation(len(features_ND))[:SAMPLE]
         directions_ML = greedy_bits(kernel_NM[rows_S].astype(np.float64), pair_labels(labels_NC[rows_S]), bits)
     return KernelProjection(kernel, directions_ML.astype(np.float32))
@@ -61,7 +61,7 @@ def greedy_bits(kernel_SM: Matrix, similarity_SS: Matrix, bits: int) -> Matrix:
     columns = []
     for _ in range(bits):
         relaxed_M = spectral(kernel_SM, residue_SS, gram_MM)
-        smooth_M = smoothed(kernel_SM, residue_SS, relaxed_M)
+        smooth_M = smooth(kernel_SM, residue_SS, relaxed_M)
         found_M = max(relaxed_M, smooth_M, key=lambda a_M: gain(kernel_SM, residue_SS, a_M))
         h_S = signs(kernel_SM @ found_M)
         residue_SS = residue_SS - np.outer(h_S, h_S)
@@ -83,7 +83,7 @@ def spectral(kernel_SM: Matrix, residue_SS: Matrix, gram_MM: Matrix) -> Matrix:
     return a_M
 
 
-def smoothed(kernel_SM: Matrix, residue_SS: Matrix, start_M: Matrix) -> Matrix:
+def smooth(kernel_SM: Matrix, residue_SS: Matrix, start_M: Matrix) -> Matrix:
     """Nesterov's steps down g(a) = -b^T R b with b = 2 / (1 + exp(-Kbar a)) - 1 = tanh(Kbar a / 2).
 
     The step is found by backtracking, starting from the last step's.

@@ -51,14 +51,14 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int, labels_NC: NDAr
     for _ in range(TURNS):
         drawn_S, others_R = np.split(rng.permutation(len(features_ND)), [bits])
         shared_RS = labels_NC[others_R] @ labels_NC[drawn_S].T > 0
-        factors_NL[others_R] = ascended(factors_NL[others_R], factors_NL[drawn_S], shared_RS)
+        factors_NL[others_R] = ascend(factors_NL[others_R], factors_NL[drawn_S], shared_RS)
     mean_D, centred_ND = centre(features_ND)
     length = np.sqrt(float((centred_ND**2).sum(1).mean(dtype=np.float64))) or 1.0
     directions_DL = regression(centred_ND / np.float32(length), factors_NL) / length
     return Projection(mean_D.astype(np.float32), directions_DL.astype(np.float32))
 
 
-def ascended(factors_RL: Matrix, drawn_SL: Matrix, shared_RS: NDArray[np.bool_]) -> Matrix:
+def ascend(factors_RL: Matrix, drawn_SL: Matrix, shared_RS: NDArray[np.bool_]) -> Matrix:
     """The factors after one step up the log posterior of their pairs with the drawn images, each in both orders."""
     excess_RS = shared_RS - expit(factors_RL @ drawn_SL.T / 2)
     slope_RL = excess_RS @ drawn_SL - factors_RL / PRIOR

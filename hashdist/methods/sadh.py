@@ -58,7 +58,7 @@ _LABNET_STREAM = 0x4C61624E6574
 """Keeps LabNet's initial weights apart from those of the head, which come from the seed itself."""
 
 _TABLE = 1 << 22
-"""Margins of all label sets are looked up in a table up to so many entries, else computed for each batch."""
+"""Most entries of a table in which the margins of all label sets are looked up; above, each batch computes them."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Settings:
         binary_map: U is signed; in the paper and the release it is not.
         labnet_hidden: units of LabNet's hidden layer.
         labnet_epochs: passes of LabNet over the training images' labels.
-        labnet_steps: end LabNet's training after so many steps, whatever labnet_epochs; 0 = not.
+        labnet_steps: end LabNet's training after this many steps, whatever labnet_epochs; 0 = not.
         labnet_batch: images whose labels are in a mini-batch of LabNet.
         labnet_unique: every step sees all label sets, each as often as it occurs: the objective over all images.
         labnet_lr: learning rate of LabNet's Adam; the paper does not say (H50).
@@ -307,7 +307,7 @@ def _labnet_batches(set_N: NDArray[np.int64], settings: Settings, seed: int) -> 
 
 
 class Guide:
-    """What LabNet says in one of its two spaces, codes or features: rows of the map, and margins. No gradient.
+    """Outputs of LabNet in one of its two spaces, codes or features: rows of the map, and margins. No gradient.
 
     Args:
         sets_SX: LabNet's output of every label set of the training images.
@@ -393,7 +393,7 @@ class Method(contract.Method):
         labels_NC = contract.check_labels(NAME, place.data.labels)
         self.sets, self.set_N = label_sets(labels_NC)
         rows = self.sets if settings.map_rows == "label_sets" else np.eye(labels_NC.shape[1], dtype=bool)
-        self.sets_SC, self.map_RC = self._placed(self.sets), self._placed(rows)
+        self.sets_SC, self.map_RC = self._place(self.sets), self._place(rows)
         self.steps_per_epoch = max(1, place.data.n // settings.batch)
         self.learned: dict[str, Tensor] = {}
         self.codes: Guide
@@ -440,7 +440,7 @@ class Method(contract.Method):
         """Maps and margins from LabNet's outputs of label sets and map rows."""
         self.learned = dict(learned)
         count = len(self.sets)
-        codes_TL, features_TX = (self._placed(learned[name]) for name in ("codes", "features"))
+        codes_TL, features_TX = (self._place(learned[name]) for name in ("codes", "features"))
         map_RL = signs(codes_TL[count:]) if self.settings.binary_map else codes_TL[count:]
         self.codes, self.features = Guide(codes_TL[:count], map_RL), Guide(features_TX[:count], features_TX[count:])
 
@@ -496,7 +496,7 @@ class Method(contract.Method):
             )
         self._follow({name: state[name].to(self.place.device) for name in ("codes", "features")})
 
-    def _placed(self, values: Tensor | NDArray[np.bool_]) -> Tensor:
+    def _place(self, values: Tensor | NDArray[np.bool_]) -> Tensor:
         return torch.as_tensor(values).to(self.place.device, self.place.dtype)
 
 
@@ -508,7 +508,7 @@ def classification(logits_bC: Tensor, labels_bC: Tensor, form: str) -> Tensor:
 
 
 def _theta_divisor(settings: Settings) -> float:
-    """What inner products of features are divided by in Eq 12."""
+    """The divisor of inner products of features in Eq 12."""
     return settings.semantic if settings.feature_theta == "mean" else 1.0
 
 

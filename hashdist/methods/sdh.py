@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashdist.ground.bits import check_bits
-from hashdist.methods.parts.anchors import KernelProjection, anchor_kernel, check_images, sampled
+from hashdist.methods.parts.anchors import KernelProjection, anchor_kernel, check_images, draw_anchors
 from hashdist.methods.parts.discrete import (
     ALTERNATIONS,
     ANCHORS,
@@ -42,7 +42,7 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int, labels_NC: NDAr
     """Codes and hash function by turns. Raises InvalidInput without training images."""
     check_bits(bits)
     check_images("SDH", len(features_ND), 2)
-    kernel, kernel_NM = anchor_kernel(features_ND, sampled(features_ND, ANCHORS, seed), centred=False)
+    kernel, kernel_NM = anchor_kernel(features_ND, draw_anchors(features_ND, ANCHORS, seed), centred=False)
     targets_NC = labels_NC.astype(np.float64)
     codes_NL = signs(np.random.default_rng([seed, 1]).standard_normal((len(features_ND), bits)))
     solver = hash_solver(kernel_NM.astype(np.float64))

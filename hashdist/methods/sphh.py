@@ -63,13 +63,13 @@ def fit(features_ND: NDArray[np.floating], bits: int, seed: int) -> Spheres:
         apart_NL = distances(features_ND, pivots_LD)
         inside_NL = (apart_NL <= np.median(apart_NL, axis=0)).astype(np.float32)
         overlaps_LL = inside_NL.T @ inside_NL
-        if balanced(overlaps_LL, n):
+        if in_balance(overlaps_LL, n):
             break
         pivots_LD = pivots_LD + forces(overlaps_LL, n, pivots_LD)
     return Spheres(pivots_LD, np.median(distances(features_ND, pivots_LD), axis=0).astype(np.float32))
 
 
-def balanced(overlaps_LL: NDArray[np.float32], n: int) -> bool:
+def in_balance(overlaps_LL: NDArray[np.float32], n: int) -> bool:
     """Whether mean and standard deviation of the overlaps of two spheres are within the tolerances."""
     pairs = overlaps_LL[np.triu_indices(len(overlaps_LL), 1)]
     return bool(abs(pairs - n / 4).mean() <= MEAN_ERROR * n / 4 and pairs.std() <= SPREAD_ERROR * n / 4)

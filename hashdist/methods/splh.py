@@ -62,7 +62,7 @@ def sequence(scatter_DD: Matrix, sample_SD: Matrix, pairs_SS: Matrix, bits: int)
         guess_SS = np.outer(score_S, score_S)
         guess_SS /= max(float(abs(guess_SS).mean()), 1e-30)
         pairs_SS = pairs_SS - STEP * np.where(guess_SS * pairs_SS < 0, guess_SS, 0.0)
-        scatter_DD = deflated(scatter_DD, w_D)
+        scatter_DD = deflate(scatter_DD, w_D)
     return np.stack(columns, axis=1)
 
 
@@ -81,7 +81,7 @@ def leading(sample_SD: Matrix, pairs_SS: Matrix, variance_DD: Matrix) -> Matrix:
     return np.asarray(vectors[:, 0], np.float64)
 
 
-def deflated(scatter_DD: Matrix, w_D: Matrix) -> Matrix:
+def deflate(scatter_DD: Matrix, w_D: Matrix) -> Matrix:
     """X^T X after X <- X - X w w^T: (I - w w^T) X^T X (I - w w^T) in D^2 steps."""
     image_D = scatter_DD @ w_D
     cross_DD = np.outer(w_D, image_D)

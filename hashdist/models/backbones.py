@@ -1,6 +1,6 @@
 """Backbones as they are run on a whole collection: fast, and with features that do not depend on the neighbours.
 
-What decides the speed on a CPU (measured by benchmarks/inference.py; docs/decisions.md, S10):
+The speed on a CPU hangs on this (measured by benchmarks/inference.py; docs/decisions.md, S10):
 
 - batch norm is folded into the convolutions, memory is channels-last;
 - the batch is cut so small that the largest activation stays below 32 MiB. glibc returns larger blocks to the
@@ -113,11 +113,11 @@ class Backbone:
         with torch.inference_mode(), torch_threads(self._threads), np.errstate(over="ignore"):
             for start in range(0, len(images_nSS3), self.batch):
                 part = images_nSS3[start : start + self.batch]
-                found = self._run(self._network, self._padded(part), self.precision)
+                found = self._run(self._network, self._pad(part), self.precision)
                 features_nD[start : start + len(part)] = found[: len(part)].cpu().numpy()
         return features_nD
 
-    def _padded(self, part: NDArray[np.uint8]) -> Tensor:
+    def _pad(self, part: NDArray[np.uint8]) -> Tensor:
         # torch's own memory, always: how a kernel sums may depend on how its input is aligned
         shape = (self.batch, self._preprocess.size, self._preprocess.size, 3)
         padded = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
@@ -128,10 +128,10 @@ class Backbone:
         """float32 features of one batch. On a GPU float16 is autocast; on a CPU the weights are halved beforehand."""
         inputs = net.inputs(images)
         if precision == "float16" and self._device.type == "cpu":
-            return net.pooled(net.body(inputs.half())).float()
+            return net.pool(net.body(inputs.half())).float()
         autocast = precision == "float16" and self._device.type != "cpu"
         with torch.autocast(self._device.type, torch.float16) if autocast else nullcontext():
-            return net.pooled(net.body(inputs)).float()
+            return net.pool(net.body(inputs)).float()
 
     def _fast(self, made: Network) -> Network:
         fast = copy.deepcopy(made).eval().requires_grad_(False)
@@ -143,7 +143,7 @@ class Backbone:
     def _choose(self, wanted: str) -> None:
         """Set how features are stored and in which precision they are made, by trial on made-up pictures."""
         count = min(_CHECK_IMAGES, self.batch)
-        images = self._padded(check_images(count, self._preprocess.size))
+        images = self._pad(check_images(count, self._preprocess.size))
         exact_nD = self._run(self._network, images, "float32")[:count]
         stored = closeness(exact_nD.half(), exact_nD)
         if stored.good:

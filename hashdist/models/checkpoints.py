@@ -33,7 +33,7 @@ def agree_on_newest(log: Log, comm: Communicator, device: torch.device | str = "
 
 
 def load_state(log: Log, version: Version) -> dict[str, Any]:
-    """What `training.train` takes as `resume`. Raises Corrupt, NotFound."""
+    """The state of a version, as `training.train` takes it for `resume`. Raises Corrupt, NotFound."""
     data = read_file(log.store, version.manifest["state"])
     try:
         loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -20,7 +20,7 @@ _MIX2 = 0x94D049BB133111EB - (1 << 64)
 
 
 class Counter:
-    """What the next forward pass is keyed by; one is shared by all layers of a network."""
+    """The key of the next forward pass; one is shared by all layers of a network."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -67,7 +67,7 @@ def keep_mask(counter: Counter, layer: int, units: int, p: float, device: torch.
     key = _key(counter.seed, counter.step, layer)
     images_b1 = _mix(counter.ids_b.to(device) ^ key.to(device))[:, None]
     words = _mix(images_b1 + torch.arange(units, device=device))
-    return _shifted(words, 11) >= int(p * (1 << 53))
+    return _shift_right(words, 11) >= int(p * (1 << 53))
 
 
 def use_counter(network: nn.Module, seed: int) -> Counter:
@@ -97,7 +97,7 @@ def _key(*words: int) -> Tensor:
     return key
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
+def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift to the right; torch's own keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
@@ -105,6 +105,6 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser in wrapping int64 arithmetic, as hashdist.ground.permutation.mix64 in uint64."""
     x = x + _GOLDEN
-    x = (x ^ _shifted(x, 30)) * _MIX1
-    x = (x ^ _shifted(x, 27)) * _MIX2
-    return x ^ _shifted(x, 31)
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)

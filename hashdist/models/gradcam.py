@@ -46,7 +46,7 @@ def grad_cam(
         maps_bKhw = seen.maps
         if maps_bKhw is None or _tokens(found):
             raise InvalidInput("Grad-CAM needs features that come from convolutional maps [b, K, h, w], found none")
-        z_bL = head(network.pooled(found))["z"]
+        z_bL = head(network.pool(found))["z"]
         c_bL = torch.where(z_bL >= 0, 1.0, -1.0) if code_L is None else torch.from_numpy(code_L).to(z_bL)
         (slopes_bKhw,) = torch.autograd.grad((c_bL * z_bL).sum(), maps_bKhw)
     weights_bK11 = slopes_bKhw.mean((2, 3), keepdim=True)

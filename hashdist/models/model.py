@@ -37,7 +37,7 @@ NOT_FINITE = "not-finite: the backbone's feature holds an infinity or is not a n
 """Reason of an image whose feature cannot be used."""
 
 NO_BACKBONE = "none"
-"""What a features' manifest names as backbone where the features came from outside."""
+"""The backbone that the manifest of features names where they came from outside."""
 
 _AHEAD = 4  # images decoded while the network works on others
 
@@ -92,7 +92,7 @@ class Model:
         self._backbone: Backbone | None = None
 
     def __reduce__(self) -> tuple[Callable[..., "Model"], tuple[Artefact, int, str]]:
-        return _reopened, (self._artefact, self._threads, self._device)
+        return _reopen, (self._artefact, self._threads, self._device)
 
     @property
     def uri(self) -> str:
@@ -121,7 +121,7 @@ class Model:
 
     @property
     def backbone(self) -> dict[str, Any]:
-        """What makes the features that the head takes, as the features' manifest describes it."""
+        """The backbone whose features the head takes, as the manifest of features describes it."""
         return dict(self.manifest["backbone"])
 
     def encode(self, images: Iterable[Picture]) -> NDArray[np.uint8]:
@@ -139,7 +139,7 @@ class Model:
         codes = [np.zeros((0, self.bits // 8), np.uint8)]
         features = [np.zeros((0, backbone.width), backbone.dtype)]
         reasons: list[str | None] = []
-        prepared = in_order(partial(_prepared, backbone), images, _AHEAD)
+        prepared = in_order(partial(_prepare, backbone), images, _AHEAD)
         while batch := list(islice(prepared, backbone.batch)):
             found = [pixels if isinstance(pixels, str) else None for pixels in batch]
             good = np.array([row for row, reason in enumerate(found) if reason is None], np.int64)
@@ -189,7 +189,7 @@ class Model:
         return self._backbone
 
 
-def _reopened(artefact: Artefact, threads: int, device: str) -> Model:
+def _reopen(artefact: Artefact, threads: int, device: str) -> Model:
     return Model(artefact, threads=threads, device=device)
 
 
@@ -290,7 +290,7 @@ def _build_backbone(artefact: Artefact, manifest: Mapping[str, Any], threads: in
     return build_backbone(spec_settings(spec), threads=threads, device=device, state=state)
 
 
-def _prepared(backbone: Backbone, image: Picture | BadImage) -> NDArray[np.uint8] | str:
+def _prepare(backbone: Backbone, image: Picture | BadImage) -> NDArray[np.uint8] | str:
     """The backbone's input uint8 [S, S, 3], or why there is none."""
     try:
         return backbone.prepare(pixels(image))

@@ -80,23 +80,23 @@ class Preprocess:
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """uint8 [H, W, 3] to uint8 [S, S, 3]: resized (antialiased, as torchvision does to PIL images), cropped."""
         if self.resize:
-            image = _shortened(image)
+            image = _shorten(image)
             height, width = image.shape[:2]
-            scaled = self._scaled(image, _shorter_side(width, height, self.resize))
+            scaled = self._scale(image, _shorter_side(width, height, self.resize))
             top, left = (round((side - self.size) / 2) for side in scaled.shape[:2])
             scaled = scaled[top : top + self.size, left : left + self.size]
         else:
-            scaled = self._scaled(image, (self.size, self.size))
+            scaled = self._scale(image, (self.size, self.size))
         return np.ascontiguousarray(scaled[::-1, ::-1] if self.rotate180 else scaled)
 
-    def _scaled(self, image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    def _scale(self, image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
         if image.shape[1::-1] == size:
             return image
         method = Image.Resampling[self.interpolation.upper()]
         return np.asarray(Image.fromarray(image).resize(size, method))
 
 
-def _shortened(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _shorten(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The middle of a strip: scaled whole, one of 8 x 8,000,000 pixels would be 50 gigapixels."""
     most = _LONGEST * min(image.shape[:2])
     top, left = (max(0, side - most) // 2 for side in image.shape[:2])
@@ -130,15 +130,15 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [b, D], in the dtype of the body's weights."""
-        return self.pooled(self.body(self.inputs(images)))
+        return self.pool(self.body(self.inputs(images)))
 
     def inputs(self, images: Tensor) -> Tensor:
-        """What the body takes: [b, 3, S, S], channels last in memory as the images are."""
+        """Input of the body: [b, 3, S, S], channels last in memory as the images are."""
         pixels = images.permute(0, 3, 1, 2).to(self.scale.dtype)
         return pixels * self.scale + self.shift
 
-    def pooled(self, found: Tensor | dict[str, Tensor]) -> Tensor:
-        """Features [b, D] of what the tap gives."""
+    def pool(self, found: Tensor | dict[str, Tensor]) -> Tensor:
+        """Features [b, D] of the output of the tap."""
         out = found["out"] if isinstance(found, dict) else found
         if out.ndim == 4:
             return out.mean((2, 3))
@@ -192,15 +192,15 @@ def open_network(settings: FeatureSettings, state: bytes | None = None) -> Netwo
     """
     preprocess = resolve_preprocess(settings)
     if settings.backbone == PIXELS:
-        return _measured(_pixels(settings, preprocess), settings)
-    with _seeded():
+        return _with_width(_pixels(settings, preprocess), settings)
+    with _fixed_seed():
         model = _model(settings, with_weights=state is None)
     if settings.weights not in ("hub", "random") and state is None:
         load_strictly(model, read_weights(settings.weights), settings.weights)
     made = _cut(model.eval(), settings, preprocess)
     if state is not None:
-        load_strictly(made.body, _committed(state, made.body), "the committed weights")
-    return _measured(made.eval(), settings)
+        load_strictly(made.body, _read_state(state, made.body), "the committed weights")
+    return _with_width(made.eval(), settings)
 
 
 def state_bytes(made: Network) -> bytes:
@@ -301,7 +301,7 @@ def _own_preprocess(settings: FeatureSettings) -> Preprocess:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
+def _fixed_seed() -> Iterator[None]:
     """Initial weights that are the same everywhere, without touching the caller's generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -381,7 +381,7 @@ def _made_by_user(name: str) -> nn.Module:
     return model
 
 
-def _measured(made: Network, settings: FeatureSettings) -> Network:
+def _with_width(made: Network, settings: FeatureSettings) -> Network:
     """The network with its width, found by running it once on a black image."""
     side = made.preprocess.size
     try:
@@ -482,7 +482,7 @@ def _from_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _committed(state: bytes, body: nn.Module) -> dict[str, Tensor]:
+def _read_state(state: bytes, body: nn.Module) -> dict[str, Tensor]:
     """Weights under the body's names; a trained Network's own state has `body.` before them."""
     found = _from_safetensors(state, "the committed weights")
     if set(found) == {f"body.{name}" for name in body.state_dict()}:
@@ -532,13 +532,13 @@ def spec_settings(spec: Mapping[str, Any]) -> FeatureSettings:
         backbone=spec["backbone"],
         tap="" if spec["backbone"] == PIXELS else spec["tap"],
         weights=spec["weights"],
-        preprocess=_given(spec["backbone"], preprocess),
+        preprocess=_preprocess_of(spec["backbone"], preprocess),
         precision=spec["precision"],
         batch=spec["batch"],
     )
 
 
-def _given(backbone: str, preprocess: dict[str, Any]) -> PreprocessSettings:
+def _preprocess_of(backbone: str, preprocess: dict[str, Any]) -> PreprocessSettings:
     if backbone == PIXELS:
         preprocess = {**preprocess, "mean": [], "std": []}
     return PreprocessSettings(**preprocess)

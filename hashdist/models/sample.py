@@ -81,7 +81,7 @@ def cache_images(
     images_nSS3 = np.memmap(path, np.uint8, "r+", shape=shape)
     source = Collection(collection)
     for part in range(place.rank, source.parts, place.size):
-        for image, pixels in in_order(partial(_prepared, prepare), source.read(part), _AHEAD):
+        for image, pixels in in_order(partial(_prepare, prepare), source.read(part), _AHEAD):
             images_nSS3[np.searchsorted(ids, image)] = pixels
     _wait_for_all(comm)
     if place.rank == 0:
@@ -90,7 +90,7 @@ def cache_images(
     return images_nSS3
 
 
-def _prepared(prepare: Preprocess, image: Image) -> tuple[int, NDArray[np.uint8]]:
+def _prepare(prepare: Preprocess, image: Image) -> tuple[int, NDArray[np.uint8]]:
     try:
         if image.data is None:
             raise BadImage("unreadable", image.reason or "no reason given")

@@ -1,6 +1,6 @@
 """The one training loop of all methods, for any number of ranks, without Ray: order, steps, rounds, checkpoints.
 
-What makes a run repeatable, and the same for any number of ranks but for rounding:
+A run is repeatable, and the same for any number of ranks but for rounding, because of this:
 - order: batch t of epoch e is a pure function of (n, batch, seed, e); a rank takes a slice of it
   (hashdist/ground/ranges.py);
 - initial weights come from the seed, dropout masks from (seed, step, image id, layer) (hashdist/models/dropout.py), so
@@ -200,7 +200,7 @@ class _Run:
             report({"event": "epoch", **entry})
 
     def result(self) -> Trained:
-        """What was trained."""
+        """The networks as trained, and their history."""
         self.head.eval()
         return Trained(self.head, self.source.network, self.chosen, self.history, self.rounds, self.seconds)
 
@@ -226,7 +226,7 @@ class _Run:
         self.source.load_state_dict(state["backbone"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.method.load_state_dict(state["method"])
-        self.sums = _Sums.restored(state["sums"], self.device)
+        self.sums = _Sums.from_state(state["sums"], self.device)
         self.seconds = float(state["seconds"])
         self.rounds = copy.deepcopy(state["rounds"])
         self.history = copy.deepcopy(list(resume["history"]))
@@ -309,7 +309,7 @@ class _Run:
             "seconds": self.seconds,
             "rounds": self.rounds,
         }
-        save(Checkpoint(_copied(state), asdict(self.position), copy.deepcopy(self.history)))
+        save(Checkpoint(_copy(state), asdict(self.position), copy.deepcopy(self.history)))
 
     def _observe(self, entry: dict[str, Any]) -> None:
         if self.comm.rank != 0:
@@ -324,7 +324,7 @@ class _Run:
 
 @dataclass
 class _Position:
-    """What comes next."""
+    """The step that comes next."""
 
     round: int = 0
     epoch: int = 0
@@ -364,7 +364,7 @@ class _Sums:
         return {"names": self.names, "values": self.values, "steps": self.steps, "seconds": self.seconds}
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any], device: torch.device) -> "_Sums":
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "_Sums":
         """From `state`."""
         values = state["values"].to(device, copy=True)
         return cls(list(state["names"]), values, int(state["steps"]), float(state["seconds"]))
@@ -454,12 +454,12 @@ class _Images:
     def features(self, inputs: Tensor, counter: Counter) -> Tensor:
         """Features [b, D], with gradient."""
         with counter.seeded(self._device):
-            features: Tensor = self.network(self._placed(inputs))
+            features: Tensor = self.network(self._place(inputs))
         return features
 
     def evaluate(self, rows_b: NDArray[np.int64]) -> Tensor:
         """Features [b, D] of any rows."""
-        features: Tensor = self.network(self._placed(self._images(rows_b)))
+        features: Tensor = self.network(self._place(self._images(rows_b)))
         return features
 
     def mode(self, train: bool) -> None:
@@ -481,7 +481,7 @@ class _Images:
         """The backbone's."""
         self.network.load_state_dict(state)
 
-    def _placed(self, images: Tensor) -> Tensor:
+    def _place(self, images: Tensor) -> Tensor:
         images = images.to(self._device)
         return images.to(self._dtype) if images.is_floating_point() else images
 
@@ -504,7 +504,7 @@ def _source(
 def _identity(
     module: MethodModule, data: TrainingData, settings: TrainSettings, chosen: Any, width: int
 ) -> dict[str, Any]:
-    """What must be the same for a checkpoint to belong to a run, in words a user can compare."""
+    """Facts that a checkpoint and its run must share, in words a user can compare."""
     return {
         "format": FORMAT,
         "method": module.NAME,
@@ -535,12 +535,12 @@ def _digest(array: NDArray[Any]) -> str:
     return hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=16).hexdigest()
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     """A deep copy with all tensors on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _copy(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(_copy(item) for item in value)
     return value

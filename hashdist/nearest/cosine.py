@@ -438,7 +438,7 @@ def _exact(lists, columns, order, values, exact):  # type: ignore[no-untyped-def
 
 @kernel
 def _kth_largest(values, count, k):  # type: ignore[no-untyped-def]
-    """The k-th largest of values[:count], which are reordered (Hoare's selection)."""
+    """The k-th largest of values[:count], which are reordered (Hoare's selection; docs/decisions.md, H134)."""
     lo, hi, wanted = 0, count - 1, k - 1
     while lo < hi:
         pivot = values[(lo + hi) >> 1]

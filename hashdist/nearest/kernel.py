@@ -1,4 +1,4 @@
-"""Functions compiled by numba, without the interpreter's lock, for threads of our own; and those threads."""
+"""Functions compiled by numba that give up the interpreter's lock, and the words of codes that they read."""
 
 from collections.abc import Callable
 from typing import Any, no_type_check

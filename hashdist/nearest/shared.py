@@ -1,5 +1,7 @@
-"""The shared-neighbour graph: overlaps of neighbour lists, and the similarities W0 that methods start from
-(docs/decisions.md, D4)."""
+"""The shared-neighbour graph: overlaps of neighbour lists, and the similarities W0 that methods start from (D4).
+
+Transpose, union and intersection of rows are kernels of this file rather than scipy's (docs/decisions.md, H133).
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple

@@ -44,7 +44,7 @@ def test_names_carry_their_cuts_and_come_in_the_order_of_results() -> None:
     names = list(measure.metrics(tied(np.zeros((3, 2), np.int64)), Cuts(20, 7, 2)))
     ap = ["map@20", "map@20_all", "map@20_min", "map@20_ties", "map@20_all_ties", "map@20_min_ties"]
     assert names == ["map_all_ties", *ap, "precision@7", "precision@7_ties", "recall@2"]
-    assert measure.tabled(Cuts(20, 7, 2)) == ["map@20", "map_all_ties", "precision@7", "recall@2"]
+    assert measure.tables(Cuts(20, 7, 2)) == ["map@20", "map_all_ties", "precision@7", "recall@2"]
 
 
 def test_a_metric_is_left_out_without_what_it_needs() -> None:
@@ -65,7 +65,7 @@ def test_a_new_metric_is_one_function_and_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(measure, "METRICS", [*measure.METRICS, Metric("mrr@{cut}", first_relevant)])
     found = results(np.zeros((2, 2, 9), np.int64), np.array([[False, True, True], [False, False, False]]))
     assert measure.metrics(found, Cuts(3))["mrr@3"] == 0.25
-    assert "mrr@3" in measure.tabled(Cuts(3))
+    assert "mrr@3" in measure.tables(Cuts(3))
 
 
 def test_a_query_in_the_database_does_not_count_itself() -> None:

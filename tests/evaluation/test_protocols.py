@@ -19,7 +19,7 @@ from hashdist.evaluation.protocols import (
     SETS,
     Split,
     _Counts,
-    _parsed,
+    _parse,
     columns,
     identity,
     needs_labels,
@@ -272,7 +272,7 @@ def test_a_file_of_all_of_nus_wide_is_small() -> None:
     with mock.patch.object(LocalStore, "put", lambda self, name, data: sink.write(data)):
         write_protocol("nowhere/nus.parquet", protocol_of(sets, "nus-dsah"))
     assert sink.tell() < 5e6
-    assert _parsed.__wrapped__(sink.getvalue(), "nus.parquet").split.digest() == made.digest()
+    assert _parse.__wrapped__(sink.getvalue(), "nus.parquet").split.digest() == made.digest()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from hashdist.ground.errors import InvalidInput
 from hashdist.methods import agh, isoh, itq, kmh, pcah, sgh, sh, sp, sphh
-from hashdist.methods.parts.anchors import k_means, sampled, squared_distances
+from hashdist.methods.parts.anchors import draw_anchors, k_means, squared_distances
 from hashdist.methods.parts.projections import signs
 
 
@@ -104,7 +104,7 @@ class TestAnchors:
 
     def test_sampled_anchors_are_distinct_rows(self) -> None:
         features = cloud(30, dtype=np.float16)
-        anchors = sampled(features, 10, 0)
+        anchors = draw_anchors(features, 10, 0)
         assert anchors.dtype == np.float32
         assert len({row.tobytes() for row in anchors} & {row.astype(np.float32).tobytes() for row in features}) == 10
 
@@ -285,7 +285,7 @@ class TestKmh:
             means, share = kmh.centres(part, number, codewords)
             within = (((part - means[number]) ** 2).sum(1)).mean()
             values.append(within + kmh.energy(codewords, means, share, 2.0)[0])
-            codewords = kmh.moved(codewords, means, share, 2.0)
+            codewords = kmh.move(codewords, means, share, 2.0)
             values.append(within + kmh.energy(codewords, means, share, 2.0)[0])
         assert all(b <= a + 1e-6 for a, b in pairwise(values))
         assert values[-1] < 0.9 * values[0]

@@ -120,7 +120,7 @@ class TestKsh:
             lambda a: ksh.gradient(kernel, similarity, a)[0], lambda a: ksh.gradient(kernel, similarity, a)[1], start
         )
         assert error < 1e-4 * np.linalg.norm(ksh.gradient(kernel, similarity, start)[1])
-        end = ksh.smoothed(kernel, similarity, start)
+        end = ksh.smooth(kernel, similarity, start)
         assert ksh.gradient(kernel, similarity, end)[0] < ksh.gradient(kernel, similarity, start)[0]
 
 
@@ -184,7 +184,7 @@ class TestLfh:
                 total += 2 * (shared[j] * theta - np.log1p(np.exp(theta)))  # (i, j) and (j, i)
             return float(total)
 
-        step = lfh.ascended(u[None], drawn, shared[None])[0] - u
+        step = lfh.ascend(u[None], drawn, shared[None])[0] - u
         bound = sum(np.outer(v, v) for v in drawn) / 8 + np.eye(5) / lfh.PRIOR
         numeric = np.array([(posterior(u + e) - posterior(u - e)) / 2e-5 for e in 1e-5 * np.eye(5)])
         np.testing.assert_allclose(bound @ step, numeric, rtol=1e-5, atol=1e-7)
@@ -205,7 +205,7 @@ class TestLfh:
         u = 3 * rng.standard_normal((30, 6))
         values = [posterior(u)]
         for _ in range(20):
-            u = lfh.ascended(u, drawn, shared)
+            u = lfh.ascend(u, drawn, shared)
             values.append(posterior(u))
         assert all(b >= a - 1e-9 for a, b in pairwise(values))
         assert values[-1] > values[0] + 1

@@ -320,7 +320,7 @@ class TestInference:
         with torch.inference_mode():
             expected = made(images)
             folded, note = fold_batch_norm(copy.deepcopy(made.body))
-            found = made.pooled(folded(made.inputs(images)))
+            found = made.pool(folded(made.inputs(images)))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
         assert not note.startswith("0 of")
 

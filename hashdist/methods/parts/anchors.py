@@ -19,7 +19,7 @@ ROWS = 8192
 def check_images(name: str, n: int, least: int) -> None:
     """InvalidInput where there are too few training images for a method."""
     if n < least:
-        raise InvalidInput(f"{name} needs at least {least} training images for so many bits, found {n}; use LSH")
+        raise InvalidInput(f"{name} needs at least {least} training images for this many bits, found {n}; use LSH")
 
 
 def squared_distances(a_ND: NDArray[np.floating], b_MD: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -45,7 +45,7 @@ def k_means(features_ND: NDArray[np.floating], count: int, seed: int, iterations
     return centres_MD
 
 
-def sampled(features_ND: NDArray[np.floating], count: int, seed: int) -> NDArray[np.float32]:
+def draw_anchors(features_ND: NDArray[np.floating], count: int, seed: int) -> NDArray[np.float32]:
     """min(count, n) of the features, drawn without replacement, as anchors [M, D]."""
     rows = np.random.default_rng(seed).permutation(len(features_ND))[:count]
     return features_ND[rows].astype(np.float32)

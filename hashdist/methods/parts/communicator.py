@@ -14,7 +14,7 @@ from hashdist.ground.errors import InvalidInput
 
 
 class Communicator(Protocol):
-    """What the loop, the pair losses and the similarity refresh need of the other ranks."""
+    """The other ranks, as the loop, the pair losses and the similarity refresh see them."""
 
     @property
     def rank(self) -> int:

@@ -1,4 +1,4 @@
-"""What losses over pairs share: which pairs are similar, their likelihood, log cosh, and how codes harden.
+"""Parts of losses over pairs: which pairs are similar, their likelihood, log cosh, and how codes harden.
 
 The pair likelihood is that of DPSH (Li et al., IJCAI 2016, Eqs 1-2), which DHN, DSDH, DBDH and, weighted, HashNet take
 up: p(s = 1 | theta) = 1 / (1 + e^-theta), so that -log p(s | theta) = log(1 + e^theta) - s theta.

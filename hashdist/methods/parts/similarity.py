@@ -63,7 +63,7 @@ def quantize(z_NL: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Refresh:
-    """What one global similarity refresh (Eqs 10-12) found.
+    """The result of one global similarity refresh (Eqs 10-12).
 
     Args:
         pairs: ordered pairs i != j with w = +1 before the update, n_+ of the paper.

@@ -90,7 +90,7 @@ def test_every_version_holds_and_answers_what_it_did(written: Written, name: str
     assert len(about["versions"]) > 2
     for version, then in about["versions"].items():
         index = opened(about, version)
-        columns = [column for column in (then["rows"] or [{}])[0] if column not in ("id", "key", "code")]
+        columns = [field for field in (then["rows"] or [{}])[0] if field not in ("id", "key", "code")]
         rows = [row for table in index.tables(columns) for row in table.to_pylist()]
         assert rows == [{field: value for field, value in row.items() if field != "code"} for row in then["rows"]]
         require_content(index, contents(then["rows"]), about)

@@ -37,7 +37,7 @@ from PIL import Image
 import hashdist
 
 HERE = Path("/proc/self/cwd")
-TREES = ("ash", "elm", "oak")
+TREES = ("ash", "elm", "föhre")
 FIRST_TAKEN = 1_700_000_000
 """Stamp of the first picture; an archive keeps whole seconds."""
 ROOT_WRITTEN = FIRST_TAKEN + 86_400
@@ -159,7 +159,7 @@ def paint(rng: np.random.Generator, key: str, taken: int) -> None:
     """A grey picture of 8 x 8: a pattern of four quarters for each kind of tree, and noise."""
     path = Path("images", key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = int(path.parent.name.encode().hex(), 16) % 13  # the same for a name everywhere
+    kind = int(path.parent.name.encode().hex(), 16) % 23  # the same for a name everywhere
     quarters = np.random.default_rng(kind).integers(40, 216, (2, 2))
     grey = np.kron(quarters, np.ones((4, 4))) + rng.normal(0, 25, (8, 8)) + rng.normal(0, 20)
     Image.fromarray(grey.clip(0, 255).astype(np.uint8)).save(path)
@@ -174,7 +174,7 @@ def paint_first(rng: np.random.Generator) -> None:
     """Sixty pictures of three kinds of trees, and a file that is none."""
     for number in range(60):
         paint(rng, f"{TREES[number % 3]}/{number:03d}.png", number)
-    broken = Path("images/oak/broken.png")
+    broken = Path("images/föhre/broken.png")
     broken.write_bytes(b"no picture")
     stamp(broken, 60)
 
@@ -184,7 +184,7 @@ def grow(rng: np.random.Generator) -> None:
     run("index tag", "first")
     for key in ("ash/100.png", "elm/101.png", "yew/102.png", "yew/103.png"):
         paint(rng, key, 100)
-    for key in ("ash/000.png", "oak/002.png"):
+    for key in ("ash/000.png", "föhre/002.png"):
         paint(rng, key, 101)
     Path("images/elm/001.png").unlink()
     stamp(Path("images/elm/004.png"), 102)  # the same bytes under a new stamp
@@ -197,7 +197,7 @@ def grow(rng: np.random.Generator) -> None:
     paint(rng, "yew/104.png", 103)
     run("reindex")
     run("index compact", "--all")
-    paint(rng, "oak/105.png", 104)
+    paint(rng, "föhre/105.png", 104)
     run("reindex")
     gone = Path("images/elm/007.png")
     held, about = gone.read_bytes(), gone.stat()

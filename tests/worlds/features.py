@@ -129,3 +129,11 @@ def _npy(array: NDArray[Any]) -> memoryview:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getbuffer()
+
+
+def like_features(n: int, width: int, seed: int = 0) -> NDArray[np.float32]:
+    """As pooled activations are: not negative, of low rank and some noise, in groups."""
+    rng = np.random.default_rng(seed)
+    latent = rng.standard_normal((10, 16))[rng.integers(0, 10, n)] + rng.standard_normal((n, 16))
+    noise = 0.5 * rng.standard_normal((n, width))
+    return np.minimum(np.abs(latent @ rng.standard_normal((16, width)) / 4 + noise), 6).astype(np.float32)

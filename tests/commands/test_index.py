@@ -190,7 +190,7 @@ def test_an_unfit_store_ends_with_2(run: Run, tmp_path: Path, monkeypatch: pytes
     def ignores(uri: str) -> Store:
         return Ignores(open_store(uri))
 
-    monkeypatch.setattr("hashdist.commands.index.open_store", ignores)
+    monkeypatch.setattr("hashdist.commands.storage.open_store", ignores)
     monkeypatch.setattr(commit, "_pause_s", lambda attempt: 0.0)
     code, done = run("storage", "check", tmp_path / "store")
     assert (code, done["fit"], done["conditional_create"]) == (2, False, False)

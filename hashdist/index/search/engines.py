@@ -37,7 +37,9 @@ def find_engine(engine: str | Engine, /, **knobs: Any) -> Engine:
     if engine not in ENGINES:
         raise InvalidInput(f"the engine must be one of {', '.join(ENGINES)}, found {engine!r}")
     kind = ENGINES[engine]
-    own = {field.name for field in fields(kind)} if knobs else ()  # type: ignore[arg-type]
+    if not knobs:
+        return kind()
+    own = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in knobs.items() if name in own})
 
 

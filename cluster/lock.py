@@ -16,7 +16,8 @@ DEVELOPMENT = """
     jsonpatch jsonpath-ng jsonpointer jsonschema-path jsonschema-rs jupyter-client jupyter-core kubernetes-validate
     lazy-object-proxy librt markdown matplotlib-inline mergedeep mkdocs mkdocs-autorefs mkdocs-get-deps
     mkdocs-material mkdocs-material-extensions mkdocstrings mkdocstrings-python moto mypy mypy-boto3-s3
-    mypy-extensions nbclient nbformat nest-asyncio2 obstore openapi-schema-validator openapi-spec-validator outcome paginate
+    mypy-extensions nbclient nbformat nest-asyncio2 obstore openapi-schema-validator
+    openapi-spec-validator outcome paginate
     parso pathable pathspec pexpect pluggy prompt-toolkit psutil ptyprocess pure-eval py-partiql-parser
     pydantic-settings pymdown-extensions pyproject-hooks pyrate-limiter pysocks pytest pytest-timeout pytest-xdist
     pyyaml-env-tag pyzmq regex responses rfc3339-validator ruff schemathesis selenium sniffio sortedcontainers

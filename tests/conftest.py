@@ -2,8 +2,9 @@
 
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def s3_endpoint() -> Iterator[str]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    server._server.app = _one_write_at_a_time(server._server.app)
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     values = {
@@ -125,6 +127,17 @@ def s3_endpoint() -> Iterator[str]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def _one_write_at_a_time(app: Any) -> Any:
+    """The WSGI application behind a lock: moto looks, then stores: two creates of a name could both win."""
+    writing = threading.Lock()
+
+    def locked(environ: dict[str, Any], start_response: Any) -> Any:
+        with writing if environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE") else nullcontext():
+            return app(environ, start_response)
+
+    return locked
 
 
 @pytest.fixture(params=["local", "s3"])

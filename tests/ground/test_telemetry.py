@@ -266,7 +266,7 @@ def served(answers: dict[str, bytes | None]) -> Iterator[str]:
 
 def test_texts_of_all_nodes_become_one_valid_text() -> None:
     with served({"/1": NODE_1.encode(), "/2": NODE_2.encode()}) as url:
-        text = metrics._merged([f"{url}/1", f"{url}/2"], 2)
+        text = metrics._merge([f"{url}/1", f"{url}/2"], 2)
     lines = text.splitlines()
     assert [line.split()[2] for line in lines if line.startswith("# TYPE")] == [
         "ray_hashdist_commits_total",
@@ -285,10 +285,10 @@ def test_texts_of_all_nodes_become_one_valid_text() -> None:
 def test_agents_that_do_not_answer_are_counted_and_left_out(wrong: bytes) -> None:
     with served({"/2": NODE_2.encode(), "/slow": None, "/wrong": wrong}) as url:
         urls = [f"{url}/2", f"{url}/slow", f"{url}/wrong", f"{url}/error", "http://127.0.0.1:1/metrics"]
-        text = metrics._merged(urls, 0.3)
+        text = metrics._merge(urls, 0.3)
     assert text.splitlines()[-1] == "# 1 of 5 metrics agents answered"
     assert text.count("ray_hashdist_index_rows{") == 1
-    assert metrics._merged([], 1) == "# 0 of 0 metrics agents answered\n"
+    assert metrics._merge([], 1) == "# 0 of 0 metrics agents answered\n"
 
 
 def test_an_agent_may_have_an_address_of_version_6() -> None:

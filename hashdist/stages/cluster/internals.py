@@ -5,11 +5,13 @@ each place below again, in Ray's source, and write the new version here.
 """
 
 import asyncio
+import ctypes
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from ray._private import ray_constants
+from ray import _raylet
+from ray._private import ray_constants, worker
 from ray._private.state import state
 from ray.util import get_node_ip_address
 
@@ -43,6 +45,32 @@ def loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+# What Ray prints
+
+DATA_PROGRESS_LOGGER = "ray.data._internal.progress"
+"""The logger by which Ray Data says that it shows no progress bars."""
+
+_LOG_LEVEL = "_ZN3ray6RayLog19severity_threshold_E"  # ray::RayLog::severity_threshold_
+_FATAL = 3
+
+
+def give_reports_to(say: Callable[[dict[str, Any]], None]) -> None:
+    """Before `ray.init`: reports of raylets, which Ray prints on stdout, where one JSON object belongs, go to `say`.
+
+    It takes Ray's own record of a report, whose `lines` are a list of texts.
+    """
+    vars(worker)["print_to_stdstream"] = lambda data, *_, **__: say(data)
+
+
+def log_fatal_errors_only() -> None:
+    """After `ray.init`, which sets the level: the core library of this process logs errors that end it, no others.
+
+    It logs those that it recovers from as well, whatever level Ray is told.
+    """
+    with suppress(OSError, ValueError):
+        ctypes.c_int.in_dll(ctypes.CDLL(_raylet.__file__), _LOG_LEVEL).value = _FATAL
 
 
 # Training

@@ -1,25 +1,17 @@
 """What Ray prints that a user can do nothing about is kept back; what matters is said in one line on stderr.
 
-Read against Ray 2.60, whose private parts this needs: `worker.print_to_stdstream` prints the reports of raylets on
-stdout, where one JSON object belongs, and the core library logs errors that it recovers from to stderr, whatever level
-Ray is told. Where a later Ray has these no more, it prints what it prints. RAY_BACKEND_LOG_LEVEL in the environment
-leaves everything to Ray.
+Where a later Ray prints by other ways, it prints what it prints. RAY_BACKEND_LOG_LEVEL in the environment leaves
+everything to Ray.
 """
 
-import ctypes
 import logging
 import os
 import re
-from contextlib import suppress
 from typing import Any
 
-from ray import _raylet
-from ray._private import worker
-
 from hashdist.ground.progress import say
+from hashdist.stages.cluster import internals
 
-_LEVEL = "_ZN3ray6RayLog19severity_threshold_E"  # ray::RayLog::severity_threshold_
-_FATAL = 3
 _DEAD = re.compile(r"Worker PID: (\d+) .*Worker exit detail: ([^.]*)", re.DOTALL)
 _MOST = 300  # characters of a report that is not known here
 
@@ -32,19 +24,18 @@ def is_asked_for() -> bool:
 def keep_reports() -> None:
     """Before ray.init: reports of raylets go to stderr, in one line each, and notices of Ray's libraries go nowhere."""
     if not is_asked_for():
-        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+        logging.getLogger(internals.DATA_PROGRESS_LOGGER).setLevel(logging.ERROR)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        worker.print_to_stdstream = _say_report
+        internals.give_reports_to(_say_report)
 
 
 def keep_core_log() -> None:
     """After ray.init, which sets the level: of the core library in this process only fatal errors are logged."""
     if not is_asked_for():
-        with suppress(OSError, ValueError):
-            ctypes.c_int.in_dll(ctypes.CDLL(_raylet.__file__), _LEVEL).value = _FATAL
+        internals.log_fatal_errors_only()
 
 
-def _say_report(data: dict[str, Any], ignore_prefix: bool = False) -> None:  # noqa: ARG001
+def _say_report(data: dict[str, Any]) -> None:
     for report in data["lines"]:
         line = in_short(report)
         if line:

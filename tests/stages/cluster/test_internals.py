@@ -1,13 +1,15 @@
 """The private parts of Ray that this package touches, by name: another Ray has to be read before it is used."""
 
+import ctypes
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import ray
+from ray import _raylet
 from ray._common.tls_utils import add_port_to_grpc_server
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray._private.state import state
 from ray.serve import api
 from ray.serve._private import replica
@@ -45,6 +47,8 @@ def test_private_names_stand_where_they_stood() -> None:
     assert "self._receive_asgi_messages(" in inspect.getsource(ASGIReceiveProxy)
     assert "__serve_build_asgi_app__" in inspect.getsource(api), "service/app.py builds its application in that method"
     assert {"_node_ip_address", "_temp_dir"} <= internals.on_loopback("folder").keys()
+    assert callable(worker.print_to_stdstream)
+    assert ctypes.c_int.in_dll(ctypes.CDLL(_raylet.__file__), internals._LOG_LEVEL).value in range(-2, 4)
     assert all(name in inspect.getsource(ray.init) for name in internals.on_loopback("folder"))
 
 

@@ -28,6 +28,17 @@ def watched(settings: Any, read: set[str], prefix: str = "") -> Any:
                 read.add(prefix + name)
             return value
 
+        def __eq__(self, other: object) -> bool:
+            """As plain settings are equal; comparing all of them is not looking at one."""
+            values = [
+                [object.__getattribute__(each, name) for name in names]
+                for each in (self, other)
+                if isinstance(each, kind)
+            ]
+            return len(values) == 2 and values[0] == values[1]
+
+        __hash__ = kind.__hash__
+
         def __reduce__(self) -> Any:
             return kind, tuple(object.__getattribute__(self, name) for name in names)
 

@@ -29,7 +29,7 @@ STAGES_FOLLOW = {"features.source", "features.snapshot", "train.mode"}
 
 _OF_CELLS = ("method", "bits", "seed", "options", "preset", "snapshot", "fresh")
 GIVEN = {"compare": {f"train.{name}" for name in _OF_CELLS}}
-"""Settings that a command gives to the stages itself, whatever the user's are: each cell of a comparison has its own."""
+"""Settings that a command itself gives to the stages, whatever else is set: each cell of a comparison has its own."""
 
 SHARED = REPOSITORY.parent / "shared" / "data"
 

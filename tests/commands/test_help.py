@@ -55,7 +55,10 @@ def test_every_setting_is_read_by_some_command() -> None:
     assert read == {name for name, _ in flags(Settings)}
 
 
-def test_the_overview_groups_commands_by_what_people_want(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_overview_groups_commands_by_what_people_want(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     lines = shown(capsys, "--help")
     wanted = ["make an index", "ask it", "keep it fresh", "look after it", "compare methods", "run it"]
     assert [line[:-1] for line in lines if re.fullmatch(r"\w.*:", line)] == wanted == list(GROUPS)

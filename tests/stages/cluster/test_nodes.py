@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests import REPOSITORY
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.full]
 
 IMAGES, PARTS = 60, 30
 HEALTH = {"initial_delay_ms": 1000, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 3}

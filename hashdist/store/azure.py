@@ -18,13 +18,13 @@ import pyarrow.fs
 
 from hashdist.ground import telemetry
 from hashdist.ground.errors import InvalidInput, NotFound, OutcomeUnknown, Unavailable
-from hashdist.store.base import Entry, Exists, Store, checked_name, joined
+from hashdist.store.base import BucketStore, Entry, Exists, joined
 
 _ACCOUNT, _KEY, _ENDPOINT = "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ENDPOINT"
 _STATUS = re.compile(r"status code: (\d{3})")
 
 
-class AzureStore(Store):
+class AzureStore(BucketStore):
     """Blobs under a prefix of a container.
 
     Args:
@@ -33,36 +33,16 @@ class AzureStore(Store):
     """
 
     form: ClassVar[str] = "az://container/prefix"
+    kind: ClassVar[str] = "an Azure URI"
     environment: ClassVar[tuple[str, ...]] = ("AZURE_",)
-
-    def __init__(self, container: str, prefix: str) -> None:
-        self._container, self._prefix = container, prefix
-        self.uri = "az://" + joined(container, prefix)
-
-    @classmethod
-    def parse(cls, uri: str) -> "AzureStore":
-        """From az://container/prefix."""
-        container, _, prefix = uri.removeprefix("az://").partition("/")
-        prefix = prefix.rstrip("/")
-        if not container or (prefix and "" in prefix.split("/")):
-            raise InvalidInput(f"an Azure URI must read az://container or {cls.form}, found {uri!r}")
-        return cls(container, prefix and checked_name(prefix))
-
-    def child(self, path: str) -> "AzureStore":
-        """See Store."""
-        return AzureStore(self._container, joined(self._prefix, checked_name(path).strip("/")))
-
-    def bucket(self) -> "AzureStore":
-        """See Store."""
-        return AzureStore(self._container, "")
 
     def proof_scope(self) -> str:
         """See Store: a container at a server either honours If-None-Match or does not."""
-        return f"{os.environ.get(_ENDPOINT) or os.environ.get(_ACCOUNT)} {self._container}"
+        return f"{os.environ.get(_ENDPOINT) or os.environ.get(_ACCOUNT)} {self._bucket}"
 
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """See Store."""
-        return _filesystem(os.getpid(), _environment()), joined(self._container, self._prefix)
+        return _filesystem(os.getpid(), _environment()), joined(self._bucket, self._prefix)
 
     def is_away(self, error: OSError) -> bool:
         """See Store."""
@@ -153,11 +133,8 @@ class AzureStore(Store):
         except NotFound:
             pass
 
-    def _key(self, name: str) -> str:
-        return joined(self._prefix, checked_name(name))
-
     def _client(self) -> Any:
-        return _open_client(os.getpid(), _environment(), self._container)
+        return _open_client(os.getpid(), _environment(), self._bucket)
 
     @contextmanager
     def _request(self, kind: str, name: str, *, writes: bool = False) -> Iterator[None]:

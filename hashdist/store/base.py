@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import pyarrow.fs
 
@@ -165,3 +165,42 @@ def checked_name(name: str) -> str:
 def joined(base: str, name: str) -> str:
     """`base/name`, where either may be empty."""
     return f"{base}/{name}" if base and name else base or name
+
+
+class BucketStore(Store):
+    """Objects under a prefix of a bucket (on Azure a container), in a store whose URIs read scheme://bucket/prefix.
+
+    Args:
+        bucket: its name.
+        prefix: without slashes at its ends; may be empty.
+    """
+
+    kind: ClassVar[str]
+    """What its URIs are called in messages: "an S3 URI"."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self._bucket, self._prefix = bucket, prefix
+        self.uri = f"{self.form.partition('://')[0]}://{joined(bucket, prefix)}"
+
+    @classmethod
+    def parse(cls, uri: str) -> Self:
+        """See Store."""
+        scheme, _, place = cls.form.partition("://")
+        bucket, _, prefix = uri.removeprefix(f"{scheme}://").partition("/")
+        prefix = prefix.rstrip("/")
+        if not bucket or (prefix and "" in prefix.split("/")):
+            raise InvalidInput(
+                f"{cls.kind} must read {scheme}://{place.partition('/')[0]} or {cls.form}, found {uri!r}"
+            )
+        return cls(bucket, prefix and checked_name(prefix))
+
+    def child(self, path: str) -> Self:
+        """See Store."""
+        return type(self)(self._bucket, joined(self._prefix, checked_name(path).strip("/")))
+
+    def bucket(self) -> Self:
+        """See Store."""
+        return type(self)(self._bucket, "")
+
+    def _key(self, name: str) -> str:
+        return joined(self._prefix, checked_name(name))

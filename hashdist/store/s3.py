@@ -13,7 +13,7 @@ import pyarrow.fs
 
 from hashdist.ground import telemetry
 from hashdist.ground.errors import HashdistError, InvalidInput, NotFound, OutcomeUnknown, Unavailable
-from hashdist.store.base import Contended, Entry, Exists, Store, checked_name, joined
+from hashdist.store.base import BucketStore, Contended, Entry, Exists, joined
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -37,7 +37,7 @@ _BUSY = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "Req
 _opening = threading.Lock()
 
 
-class S3Store(Store):
+class S3Store(BucketStore):
     """Objects under a prefix of a bucket.
 
     Args:
@@ -46,35 +46,12 @@ class S3Store(Store):
     """
 
     form: ClassVar[str] = "s3://bucket/prefix"
+    kind: ClassVar[str] = "an S3 URI"
     environment: ClassVar[tuple[str, ...]] = ("AWS_",)
-
-    def __init__(self, bucket: str, prefix: str) -> None:
-        self._bucket, self._prefix = bucket, prefix
-        self.uri = "s3://" + joined(bucket, prefix)
-
-    @classmethod
-    def parse(cls, uri: str) -> "S3Store":
-        """From s3://bucket/prefix."""
-        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        prefix = prefix.rstrip("/")
-        if not bucket or (prefix and "" in prefix.split("/")):
-            raise InvalidInput(f"an S3 URI must read s3://bucket or s3://bucket/prefix, found {uri!r}")
-        return cls(bucket, prefix and checked_name(prefix))
-
-    def child(self, path: str) -> "S3Store":
-        """See Store."""
-        return S3Store(self._bucket, joined(self._prefix, checked_name(path).strip("/")))
-
-    def bucket(self) -> "S3Store":
-        """See Store."""
-        return S3Store(self._bucket, "")
 
     def is_away(self, error: OSError) -> bool:
         """See Store."""
         return "AWS Error" in str(error)
-
-    def _key(self, name: str) -> str:
-        return joined(self._prefix, checked_name(name))
 
     def proof_scope(self) -> str:
         """See Store: a bucket at an endpoint either honours If-None-Match or does not."""
